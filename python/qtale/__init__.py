@@ -1,0 +1,58 @@
+"""qtale: make language models fit the hardware at hand and answer faster on it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qtale.errors import CheckpointError, Error, InputError, NetworkError, UnsupportedError
+from qtale.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from qtale import demo, nn, ops
+    from qtale.doctor import doctor
+    from qtale.integrations.transformers import load_torch
+    from qtale.ptq.pipeline import quantize
+    from qtale.report.inspect import inspect
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `import qtale` loads neither torch nor transformers.
+_LAZY = {
+    "quantize": "qtale.ptq.pipeline",
+    "load_torch": "qtale.integrations.transformers",
+    "inspect": "qtale.report.inspect",
+    "doctor": "qtale.doctor",
+}
+_LAZY_MODULES = ("demo", "nn", "ops")
+
+__all__ = [
+    "CheckpointError",
+    "Error",
+    "InputError",
+    "NetworkError",
+    "QuantSpec",
+    "UnsupportedError",
+    "demo",
+    "doctor",
+    "inspect",
+    "load_torch",
+    "nn",
+    "ops",
+    "quantize",
+]
+
+logging.getLogger("qtale").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"qtale.{name}")
+    raise AttributeError(f"module 'qtale' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The command line: ``qtale VERB``, one file per verb."""
