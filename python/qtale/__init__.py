@@ -10,8 +10,7 @@ from qtale.errors import CheckpointError, Error, InputError, NetworkError, Unsup
 from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from qtale import demo, nn, ops
-    from qtale.doctor import doctor
+    from qtale import demo, doctor, nn, ops
     from qtale.integrations.transformers import load_torch
     from qtale.ptq.pipeline import quantize
     from qtale.report.inspect import inspect
@@ -23,9 +22,8 @@ _LAZY = {
     "quantize": "qtale.ptq.pipeline",
     "load_torch": "qtale.integrations.transformers",
     "inspect": "qtale.report.inspect",
-    "doctor": "qtale.doctor",
 }
-_LAZY_MODULES = ("demo", "nn", "ops")
+_LAZY_MODULES = ("demo", "doctor", "nn", "ops")
 
 __all__ = [
     "CheckpointError",
