@@ -1,0 +1,24 @@
+// How Python hands memory over: (pointer, dtype name, shape, strides, device index or -1 for the CPU).
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "qtale/tensor.h"
+
+namespace qtale::bindings {
+
+using Memory =
+    std::tuple<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>, int>;
+
+DType dtype_from_name(const std::string& name);
+TensorView view(const Memory& memory);
+
+void register_ops(pybind11::module_& module);
+
+}  // namespace qtale::bindings

@@ -1,0 +1,61 @@
+// The operators. Each one checks its arguments (InputError) and dispatches by device; docs name shapes and bounds.
+#pragma once
+
+#include <cstdint>
+
+#include "qtale/tensor.h"
+
+namespace qtale {
+
+// How qmatmul multiplies.
+//   int8:  activations are rounded to 8 bits per row and group of 128 inputs:
+//          |y - y_exact| <= sum_k |w_k| * s(k) / 2 with s = amax(group) / 127, plus float32 rounding.
+//   float: activations as they are, products summed in float32.
+enum class Compute : std::uint8_t { int8, floating };
+
+// Round to nearest, ties to even: codes[o,i] in [-2^(b-1), 2^(b-1)-1], weight ~ (code - zero_point) * scale.
+//   weight [out, in] f32|f16|bf16; codes [out, in] s8; scale [out, groups] f32|f16|bf16; zero_point [out, groups] s8.
+// With zero_point == nullptr symmetric: scale = amax / ((2^b - 1) / 2); else scale = (max - min) / (2^b - 1) over a
+// range that includes 0. The scale is rounded to its dtype before codes are made. NaN and inf are refused.
+void quantize(const TensorView& weight, int num_bits, const TensorView& codes, const TensorView& scale,
+              const TensorView* zero_point);
+
+// out[o,i] = (codes[o,i] - zero_point[o,g]) * scale[o,g];  out [out, in] f32|f16|bf16.
+void dequantize(const TensorView& codes, const TensorView& scale, const TensorView* zero_point, const TensorView& out);
+
+// out = dequantize(clamp(round(x / scale) + zero_point)) with given parameters; x and out of one dtype.
+void fake_quantize(const TensorView& x, const TensorView& scale, const TensorView* zero_point, int num_bits,
+                   const TensorView& out);
+
+// compressed-tensors' `pack-quantized`: each row a little-endian stream of (code + 2^(b-1)), b bits each.
+//   codes [rows, cols] s8; packed [rows, ceil(cols * b / 32)] s32.
+void pack(const TensorView& codes, int num_bits, const TensorView& packed);
+void unpack(const TensorView& packed, int num_bits, const TensorView& codes);
+
+// What a prepacked buffer says of itself.
+struct PrepackedInfo {
+  std::int64_t out_features = 0;
+  std::int64_t in_features = 0;
+  std::int64_t groups = 1;
+  int num_bits = 0;
+  bool symmetric = true;
+  DType scale_dtype = DType::f32;
+};
+
+// Bytes of the layout that the CPU kernels in use read.
+std::int64_t prepacked_bytes(const PrepackedInfo& info);
+// codes [out, in] s8, scale [out, groups], zero_point [out, groups] s8 or nullptr -> buffer [prepacked_bytes] u8.
+// Groups are multiples of 32 inputs, or one per row.
+void prepack(const TensorView& codes, const TensorView& scale, const TensorView* zero_point, int num_bits,
+             const TensorView& buffer);
+// Reads and checks the header of a prepacked buffer.
+PrepackedInfo prepacked_info(const TensorView& buffer);
+// The exact inverse of prepack.
+void unprepack(const TensorView& buffer, const TensorView& codes, const TensorView& scale,
+               const TensorView* zero_point);
+
+// y[m,o] = sum_i x[m,i] * weight[o,i] + bias[o];  x [m, in] and y [m, out] alike in f32|f16|bf16, bias [out] f32.
+void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView* bias, const TensorView& y,
+             Compute compute);
+
+}  // namespace qtale

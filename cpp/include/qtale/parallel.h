@@ -1,0 +1,29 @@
+// A small persistent thread pool of our own: two OpenMP runtimes beside torch give stalls and wrong results.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace qtale {
+
+// Threads that parallel_for uses, the caller included. Starts at QTALE_NUM_THREADS or the CPUs this process may run on.
+int num_threads();
+void set_num_threads(int count);
+
+namespace detail {
+using RangeFn = void (*)(void* context, std::int64_t begin, std::int64_t end);
+void parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, void* context);
+}  // namespace detail
+
+// Calls fn(begin, end) on disjoint ranges that cover [0, size), each at least `grain` long but for the last one.
+// Runs on the caller alone when another thread already uses the pool or when called from inside a range.
+// The first exception of a range is rethrown to the caller.
+template <class Fn>
+void parallel_for(std::int64_t size, std::int64_t grain, Fn&& fn) {
+  auto call = [](void* context, std::int64_t begin, std::int64_t end) {
+    (*static_cast<std::remove_reference_t<Fn>*>(context))(begin, end);
+  };
+  detail::parallel_ranges(size, grain, call, const_cast<void*>(static_cast<const void*>(&fn)));
+}
+
+}  // namespace qtale

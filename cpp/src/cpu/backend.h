@@ -1,0 +1,27 @@
+// What the operators call on the CPU, with checked arguments: these choose kernels, split work and own scratch memory.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "qtale/ops.h"
+
+namespace qtale::cpu {
+
+// Throws InputError naming the row that cannot be quantized.
+void quantize(const QuantizeArgs& args, std::int64_t rows);
+void dequantize(const DequantizeArgs& args, std::int64_t rows);
+void fake_quantize(const FakeQuantizeArgs& args, std::int64_t rows);
+
+void pack(const std::int8_t* codes, std::int64_t rows, std::int64_t cols, int num_bits, std::int32_t* packed);
+void unpack(const std::int32_t* packed, std::int64_t rows, std::int64_t cols, int num_bits, std::int8_t* codes);
+
+std::int64_t prepacked_bytes(const PrepackedInfo& info);
+void prepack(const PrepackedInfo& info, const std::int8_t* codes, const void* scale, const std::int8_t* zero_point,
+             std::uint8_t* buffer);
+PrepackedInfo prepacked_info(const std::uint8_t* buffer, std::int64_t bytes);
+void unprepack(const std::uint8_t* buffer, std::int64_t bytes, std::int8_t* codes, void* scale,
+               std::int8_t* zero_point);
+// x [rows, in_features], y [rows, out_features], bias [out_features] float32 or nullptr.
+void qmatmul(const std::uint8_t* buffer, std::int64_t bytes, std::int64_t rows, const RowsIn& x, const float* bias,
+             const RowsOut& y, Compute compute);
+
+}  // namespace qtale::cpu

@@ -1,0 +1,67 @@
+#include "cpu/isa.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+
+#include "core/text.h"
+#include "qtale/device.h"
+
+namespace qtale {
+namespace cpu {
+namespace {
+
+std::vector<const KernelTable*> find_tables() {
+  std::vector<const KernelTable*> tables{&reference_table, &generic_table};
+#ifdef QTALE_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx2) tables.push_back(&avx2_table);
+  if (avx512) tables.push_back(&avx512_table);
+#endif
+  return tables;
+}
+
+const KernelTable* find(const std::string& name) {
+  const auto& tables = available_tables();
+  const auto match = [&](const KernelTable* table) { return name == table->name; };
+  const auto found = std::find_if(tables.begin(), tables.end(), match);
+  if (found != tables.end()) return *found;
+  std::string names;
+  for (const KernelTable* table : tables) names += (names.empty() ? "" : ", ") + std::string(table->name);
+  fail_input("QTALE_CPU_ISA: '{}' is not an instruction set this CPU and build can run; use one of {}.", name, names);
+}
+
+std::atomic<const KernelTable*>& current() {
+  static std::atomic<const KernelTable*> table = [] {
+    const char* wanted = std::getenv("QTALE_CPU_ISA");
+    return wanted != nullptr && *wanted != '\0' ? find(wanted) : available_tables().back();
+  }();
+  return table;
+}
+
+}  // namespace
+
+const std::vector<const KernelTable*>& available_tables() {
+  static const std::vector<const KernelTable*> tables = find_tables();
+  return tables;
+}
+
+const KernelTable& kernels() { return *current(); }
+
+}  // namespace cpu
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const cpu::KernelTable* table : cpu::available_tables()) names.emplace_back(table->name);
+  return names;
+}
+
+std::string cpu_isa() { return cpu::kernels().name; }
+
+void set_cpu_isa(const std::string& name) { cpu::current() = cpu::find(name); }
+
+}  // namespace qtale

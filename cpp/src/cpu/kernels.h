@@ -1,0 +1,99 @@
+// The table of kernels of one instruction set. Kernels get checked arguments, do no threading and allocate nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/layout.h"
+#include "qtale/dtype.h"
+
+namespace qtale::cpu {
+
+// A float matrix in rows.
+struct RowsIn {
+  const void* data;
+  DType dtype;
+  std::int64_t stride;  // elements from row to row
+};
+struct RowsOut {
+  void* data;
+  DType dtype;
+  std::int64_t stride;
+};
+
+struct QuantizeArgs {
+  RowsIn weight;
+  std::int64_t in_features;
+  std::int64_t group_size;  // in_features for per channel
+  std::int64_t groups;
+  int num_bits;
+  std::int8_t* codes;       // [rows, in_features]
+  void* scale;              // [rows, groups]
+  DType scale_dtype;
+  std::int8_t* zero_point;  // [rows, groups] or nullptr
+};
+
+struct DequantizeArgs {
+  const std::int8_t* codes;
+  const void* scale;
+  DType scale_dtype;
+  const std::int8_t* zero_point;  // or nullptr
+  std::int64_t in_features;
+  std::int64_t group_size;
+  std::int64_t groups;
+  RowsOut out;
+};
+
+struct FakeQuantizeArgs {
+  RowsIn x;
+  const void* scale;
+  DType scale_dtype;
+  const std::int8_t* zero_point;  // or nullptr
+  std::int64_t in_features;
+  std::int64_t group_size;
+  std::int64_t groups;
+  int num_bits;
+  RowsOut out;
+};
+
+// One qmatmul. `workspace` holds the activations as the kernel's own prepare step left them.
+struct MatmulArgs {
+  const Layout* layout;
+  const std::uint8_t* panels;
+  std::int64_t rows;
+  RowsIn x;
+  std::byte* workspace;  // 64-byte aligned
+  const float* bias;     // [n] or nullptr
+  RowsOut y;
+};
+
+struct MatmulKernel {
+  std::size_t (*workspace_bytes)(const Layout&, std::int64_t rows);
+  // Fills the workspace for rows [begin, end); begin is a multiple of row_tile.
+  void (*prepare)(const MatmulArgs&, std::int64_t begin, std::int64_t end);
+  // Panels [panel_begin, panel_end) x rows [row_begin, row_end); row_begin is a multiple of row_tile.
+  void (*run)(const MatmulArgs&, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
+              std::int64_t row_end);
+  std::int64_t row_tile;
+};
+
+struct KernelTable {
+  const char* name;
+  int panel_rows;
+  // Row in [begin, end) that holds NaN, inf or a value whose scale overflows its dtype, or -1.
+  std::int64_t (*quantize)(const QuantizeArgs&, std::int64_t begin, std::int64_t end);
+  void (*dequantize)(const DequantizeArgs&, std::int64_t begin, std::int64_t end);
+  void (*fake_quantize)(const FakeQuantizeArgs&, std::int64_t begin, std::int64_t end);
+  MatmulKernel int8;
+  MatmulKernel floating;
+};
+
+// Scalar: the specification of every kernel and the oracle of the tests. Reads the 16-row layout.
+extern const KernelTable reference_table;
+extern const KernelTable generic_table;
+#ifdef QTALE_X86
+extern const KernelTable avx2_table;
+extern const KernelTable avx512_table;
+#endif
+
+}  // namespace qtale::cpu

@@ -1,0 +1,19 @@
+// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
+#include "cpu/vec_avx512.h"
+
+#include "cpu/matmul_avx512.inl"
+#include "cpu/matmul_avx512_float.inl"
+
+namespace qtale::cpu {
+
+const KernelTable avx512_table = {
+    "avx512",
+    kRows,
+    quantize_rows,
+    dequantize_rows,
+    fake_quantize_rows,
+    {int8_rows_bytes, prepare_int8_rows, run_int8, kTile},
+    {float_rows_bytes, prepare_float_rows, run_float, kTile},
+};
+
+}  // namespace qtale::cpu

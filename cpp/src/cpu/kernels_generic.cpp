@@ -1,0 +1,18 @@
+// Plain C++ for every machine that has no tier of its own.
+#include "cpu/vec_generic.h"
+
+#include "cpu/matmul_generic.inl"
+
+namespace qtale::cpu {
+
+const KernelTable generic_table = {
+    "generic",
+    kRows,
+    quantize_rows,
+    dequantize_rows,
+    fake_quantize_rows,
+    {int8_rows_bytes, prepare_int8_rows, run_int8, 1},
+    {float_bytes, prepare_float, run_float, 1},
+};
+
+}  // namespace qtale::cpu

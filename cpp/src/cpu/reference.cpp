@@ -1,0 +1,185 @@
+// Scalar kernels: the specification that every other kernel is tested against. Clear before fast.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+
+#include "core/half.h"
+#include "cpu/kernels.h"
+
+namespace qtale::cpu {
+namespace {
+
+float load(const RowsIn& rows, std::int64_t r, std::int64_t i) {
+  const std::int64_t at = r * rows.stride + i;
+  if (rows.dtype == DType::f16) return f16_to_float(static_cast<const std::uint16_t*>(rows.data)[at]);
+  if (rows.dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(rows.data)[at]);
+  return static_cast<const float*>(rows.data)[at];
+}
+
+void store(void* data, DType dtype, std::int64_t at, float value) {
+  if (dtype == DType::f16) {
+    static_cast<std::uint16_t*>(data)[at] = float_to_f16(value);
+  } else if (dtype == DType::bf16) {
+    static_cast<std::uint16_t*>(data)[at] = float_to_bf16(value);
+  } else {
+    static_cast<float*>(data)[at] = value;
+  }
+}
+
+float load_scale(const void* scale, DType dtype, std::int64_t at) { return load({scale, dtype, 0}, 0, at); }
+
+float epsilon(DType dtype) {
+  return dtype == DType::f16 ? 0x1p-10f : dtype == DType::bf16 ? 0x1p-7f : FLT_EPSILON;
+}
+
+// Stores a scale and returns it as stored; one that rounds to nothing codes its whole group as zeros.
+float store_scale(void* scale, DType dtype, std::int64_t at, float wanted) {
+  store(scale, dtype, at, wanted);
+  if (load_scale(scale, dtype, at) < FLT_MIN) store(scale, dtype, at, epsilon(dtype));
+  return load_scale(scale, dtype, at);
+}
+
+int code_of(float value, float scale, float zero_point, int num_bits) {
+  const float half = static_cast<float>(1 << (num_bits - 1));
+  const float code = std::nearbyint(value * (1.0f / scale)) + zero_point;
+  return static_cast<int>(std::clamp(code, -half, half - 1.0f));
+}
+
+bool quantize_group(const QuantizeArgs& a, std::int64_t r, std::int64_t g) {
+  const std::int64_t k0 = g * a.group_size;
+  const std::int64_t at = r * a.groups + g;
+  float lo = 0.0f, hi = 0.0f;
+  for (std::int64_t i = 0; i < a.group_size; ++i) {
+    const float w = load(a.weight, r, k0 + i);
+    if (!std::isfinite(w)) return false;
+    lo = std::min(lo, w);
+    hi = std::max(hi, w);
+  }
+  const float levels = static_cast<float>((1 << a.num_bits) - 1);
+  const float half = static_cast<float>(1 << (a.num_bits - 1));
+  const float wanted = a.zero_point ? (hi - lo) / levels : std::max(-lo, hi) / (levels * 0.5f);
+  const float scale = store_scale(a.scale, a.scale_dtype, at, wanted);
+  if (!std::isfinite(scale)) return false;
+  float zero_point = 0.0f;
+  if (a.zero_point) {
+    zero_point = std::clamp(std::nearbyint(-half - lo * (1.0f / scale)), -half, half - 1.0f);
+    a.zero_point[at] = static_cast<std::int8_t>(zero_point);
+  }
+  for (std::int64_t i = 0; i < a.group_size; ++i)
+    a.codes[r * a.in_features + k0 + i] =
+        static_cast<std::int8_t>(code_of(load(a.weight, r, k0 + i), scale, zero_point, a.num_bits));
+  return true;
+}
+
+std::int64_t quantize(const QuantizeArgs& a, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t r = begin; r < end; ++r)
+    for (std::int64_t g = 0; g < a.groups; ++g)
+      if (!quantize_group(a, r, g)) return r;
+  return -1;
+}
+
+void dequantize(const DequantizeArgs& a, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t r = begin; r < end; ++r) {
+    for (std::int64_t k = 0; k < a.in_features; ++k) {
+      const std::int64_t at = r * a.groups + k / a.group_size;
+      const float zero = a.zero_point ? static_cast<float>(a.zero_point[at]) : 0.0f;
+      const float code = static_cast<float>(a.codes[r * a.in_features + k]);
+      store(a.out.data, a.out.dtype, r * a.out.stride + k, (code - zero) * load_scale(a.scale, a.scale_dtype, at));
+    }
+  }
+}
+
+void fake_quantize(const FakeQuantizeArgs& a, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t r = begin; r < end; ++r) {
+    for (std::int64_t k = 0; k < a.in_features; ++k) {
+      const std::int64_t at = r * a.groups + k / a.group_size;
+      const float scale = load_scale(a.scale, a.scale_dtype, at);
+      const float zero = a.zero_point ? static_cast<float>(a.zero_point[at]) : 0.0f;
+      const float x = load(a.x, r, k);
+      const float value = std::isnan(x) ? x : (static_cast<float>(code_of(x, scale, zero, a.num_bits)) - zero) * scale;
+      store(a.out.data, a.out.dtype, r * a.out.stride + k, value);
+    }
+  }
+}
+
+std::size_t no_workspace(const Layout&, std::int64_t) { return 0; }
+void no_prepare(const MatmulArgs&, std::int64_t, std::int64_t) {}
+
+struct Weight {
+  int code;       // code - zero_point
+  float scale;
+};
+
+Weight weight_at(const MatmulArgs& a, std::int64_t n, std::int64_t k) {
+  const Layout& l = *a.layout;
+  const std::uint8_t* panel = a.panels + n / l.panel_rows * l.panel_bytes;
+  const std::int64_t row = n % l.panel_rows, block = k / l.block_k;
+  const std::uint8_t* params = panel + l.param_offset(block);
+  const int zero = l.symmetric ? 0 : static_cast<std::int8_t>(params[l.scale_bytes + row]);
+  return {code_at(l, panel + l.block_offset(block), row, k % l.block_k) - zero, load_scale(params, l.scale_dtype, row)};
+}
+
+// One output of the int8 mode: activations of each 128 inputs rounded to amax / 127, integer products per weight block.
+float dot_int8(const MatmulArgs& a, std::int64_t m, std::int64_t n) {
+  const Layout& l = *a.layout;
+  float y = 0.0f;
+  for (std::int64_t g = 0; g < l.act_groups; ++g) {
+    const std::int64_t begin = g * kActGroup, end = std::min(l.k, begin + kActGroup);
+    float amax = 0.0f;
+    for (std::int64_t k = begin; k < end; ++k) {
+      const float x = std::fabs(load(a.x, m, k));
+      if (!std::isfinite(x)) return std::numeric_limits<float>::quiet_NaN();
+      amax = std::max(amax, x);
+    }
+    const float scale = amax / 127.0f;
+    const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
+    float part = 0.0f;
+    for (std::int64_t k0 = begin; k0 < end; k0 += l.block_k) {
+      std::int32_t sum = 0;
+      for (std::int64_t k = k0; k < std::min(end, k0 + l.block_k); ++k) {
+        const float code = std::nearbyint(load(a.x, m, k) * inverse);
+        sum += weight_at(a, n, k).code * static_cast<int>(std::clamp(code, -127.0f, 127.0f));
+      }
+      part += static_cast<float>(sum) * weight_at(a, n, k0).scale;
+    }
+    y += part * scale;
+  }
+  return y;
+}
+
+// One output of the float mode.
+float dot_float(const MatmulArgs& a, std::int64_t m, std::int64_t n) {
+  const Layout& l = *a.layout;
+  float y = 0.0f;
+  for (std::int64_t k0 = 0; k0 < l.k; k0 += l.block_k) {
+    float sum = 0.0f;
+    for (std::int64_t k = k0; k < std::min(l.k, k0 + l.block_k); ++k)
+      sum += static_cast<float>(weight_at(a, n, k).code) * load(a.x, m, k);
+    y += sum * weight_at(a, n, k0).scale;
+  }
+  return y;
+}
+
+template <float (*Dot)(const MatmulArgs&, std::int64_t, std::int64_t)>
+void matmul(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
+            std::int64_t row_end) {
+  const std::int64_t end = std::min(a.layout->n, panel_end * a.layout->panel_rows);
+  for (std::int64_t m = row_begin; m < row_end; ++m)
+    for (std::int64_t n = panel_begin * a.layout->panel_rows; n < end; ++n)
+      store(a.y.data, a.y.dtype, m * a.y.stride + n, Dot(a, m, n) + (a.bias ? a.bias[n] : 0.0f));
+}
+
+}  // namespace
+
+const KernelTable reference_table = {
+    "reference",
+    16,
+    quantize,
+    dequantize,
+    fake_quantize,
+    {no_workspace, no_prepare, matmul<dot_int8>, 1},
+    {no_workspace, no_prepare, matmul<dot_float>, 1},
+};
+
+}  // namespace qtale::cpu

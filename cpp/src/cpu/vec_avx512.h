@@ -1,0 +1,60 @@
+// Sixteen floats in one AVX-512 register. Internal linkage, as every file compiled for a newer CPU.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace qtale::cpu {
+namespace {
+
+constexpr int kWidth = 16;
+using VecF = __m512;
+using VecI = __m512i;
+
+inline VecF load_f32(const float* p) { return _mm512_loadu_ps(p); }
+inline VecF load_f16(const std::uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline VecF load_bf16(const std::uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline VecF load_s8(const std::int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline void store_f32(float* p, VecF v) { _mm512_storeu_ps(p, v); }
+inline void store_f16(std::uint16_t* p, VecF v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_bf16(std::uint16_t* p, VecF v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
+}
+// Lanes are integers in int8 range.
+inline void store_s8(std::int8_t* p, VecF v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+inline VecF set1(float x) { return _mm512_set1_ps(x); }
+inline VecF add(VecF a, VecF b) { return _mm512_add_ps(a, b); }
+inline VecF sub(VecF a, VecF b) { return _mm512_sub_ps(a, b); }
+inline VecF mul(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
+inline VecF max(VecF a, VecF b) { return _mm512_max_ps(a, b); }
+inline VecF min(VecF a, VecF b) { return _mm512_min_ps(a, b); }
+inline VecF rint(VecF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline VecI abs_bits(VecF a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+inline VecI zero_bits() { return _mm512_setzero_si512(); }
+inline VecI max_bits(VecI a, VecI b) { return _mm512_max_epu32(a, b); }
+inline std::uint32_t reduce_max_bits(VecI a) { return _mm512_reduce_max_epu32(a); }
+inline float reduce_add(VecF a) { return _mm512_reduce_add_ps(a); }
+inline float reduce_max(VecF a) { return _mm512_reduce_max_ps(a); }
+inline float reduce_min(VecF a) { return _mm512_reduce_min_ps(a); }
+
+}  // namespace
+}  // namespace qtale::cpu

@@ -1,0 +1,110 @@
+// Eight floats in plain C++: what compilers turn into NEON or SSE2, and the lanes of the generic tier.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "core/half.h"
+
+namespace qtale::cpu {
+namespace {
+
+constexpr int kWidth = 8;
+
+struct VecF {
+  float lane[kWidth];
+};
+struct VecI {
+  std::uint32_t lane[kWidth];
+};
+
+template <class Fn>
+inline VecF map_lanes(Fn&& fn) {
+  VecF out;
+  for (int i = 0; i < kWidth; ++i) out.lane[i] = fn(i);
+  return out;
+}
+
+inline VecF load_f32(const float* p) {
+  return map_lanes([&](int i) { return p[i]; });
+}
+inline VecF load_f16(const std::uint16_t* p) {
+  return map_lanes([&](int i) { return f16_to_float(p[i]); });
+}
+inline VecF load_bf16(const std::uint16_t* p) {
+  return map_lanes([&](int i) { return bf16_to_float(p[i]); });
+}
+inline VecF load_s8(const std::int8_t* p) {
+  return map_lanes([&](int i) { return static_cast<float>(p[i]); });
+}
+inline void store_f32(float* p, VecF v) {
+  for (int i = 0; i < kWidth; ++i) p[i] = v.lane[i];
+}
+inline void store_f16(std::uint16_t* p, VecF v) {
+  for (int i = 0; i < kWidth; ++i) p[i] = float_to_f16(v.lane[i]);
+}
+inline void store_bf16(std::uint16_t* p, VecF v) {
+  for (int i = 0; i < kWidth; ++i) p[i] = float_to_bf16(v.lane[i]);
+}
+// Lanes are integers in int8 range.
+inline void store_s8(std::int8_t* p, VecF v) {
+  for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int8_t>(v.lane[i]);
+}
+
+inline VecF set1(float x) {
+  return map_lanes([&](int) { return x; });
+}
+inline VecF add(VecF a, VecF b) {
+  return map_lanes([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline VecF sub(VecF a, VecF b) {
+  return map_lanes([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline VecF mul(VecF a, VecF b) {
+  return map_lanes([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+// As on x86: the second operand where the comparison is false, so max(lo, NaN) is NaN.
+inline VecF max(VecF a, VecF b) {
+  return map_lanes([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline VecF min(VecF a, VecF b) {
+  return map_lanes([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline VecF rint(VecF a) {
+  return map_lanes([&](int i) { return std::nearbyintf(a.lane[i]); });
+}
+inline VecI abs_bits(VecF a) {
+  VecI out;
+  for (int i = 0; i < kWidth; ++i) out.lane[i] = std::bit_cast<std::uint32_t>(a.lane[i]) & 0x7fffffffu;
+  return out;
+}
+inline VecI zero_bits() { return VecI{}; }
+inline VecI max_bits(VecI a, VecI b) {
+  VecI out;
+  for (int i = 0; i < kWidth; ++i) out.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return out;
+}
+inline std::uint32_t reduce_max_bits(VecI a) {
+  std::uint32_t best = 0;
+  for (const std::uint32_t lane : a.lane) best = lane > best ? lane : best;
+  return best;
+}
+inline float reduce_add(VecF a) {
+  float sum = 0.0f;
+  for (const float lane : a.lane) sum += lane;
+  return sum;
+}
+inline float reduce_max(VecF a) {
+  float best = a.lane[0];
+  for (const float lane : a.lane) best = lane > best ? lane : best;
+  return best;
+}
+inline float reduce_min(VecF a) {
+  float best = a.lane[0];
+  for (const float lane : a.lane) best = lane < best ? lane : best;
+  return best;
+}
+
+}  // namespace
+}  // namespace qtale::cpu

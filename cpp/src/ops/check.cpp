@@ -1,0 +1,66 @@
+#include "ops/check.h"
+
+#include "core/text.h"
+
+namespace qtale::ops {
+
+std::string shape_text(const TensorView& t) {
+  std::string text = "[";
+  for (int d = 0; d < t.rank; ++d) text += (d ? ", " : "") + std::to_string(t.shape[d]);
+  return text + "]";
+}
+
+void check_bits(std::string_view op, int num_bits) {
+  if (num_bits != 2 && num_bits != 3 && num_bits != 4 && num_bits != 8)
+    fail_input("{}: num_bits {} is not supported; use 2, 3, 4 or 8.", op, num_bits);
+}
+
+void check_dtype(std::string_view op, std::string_view name, const TensorView& t, DType dtype) {
+  if (t.dtype != dtype) fail_input("{}: {} is {}; expected {}.", op, name, name_of(t.dtype), name_of(dtype));
+}
+
+void check_float(std::string_view op, std::string_view name, const TensorView& t) {
+  if (!is_float(t.dtype))
+    fail_input("{}: {} is {}; expected float32, float16 or bfloat16.", op, name, name_of(t.dtype));
+}
+
+void check_matrix(std::string_view op, std::string_view name, const TensorView& t) {
+  if (t.rank != 2) fail_input("{}: {} has shape {}; expected a matrix.", op, name, shape_text(t));
+  if (t.shape[1] > 1 && t.strides[1] != 1)
+    fail_input("{}: the rows of {} are not contiguous (stride {}); call .contiguous() first.", op, name, t.strides[1]);
+}
+
+void check_shape(std::string_view op, std::string_view name, const TensorView& t, std::int64_t rows,
+                 std::int64_t cols) {
+  if (t.rank != 2 || t.shape[0] != rows || t.shape[1] != cols)
+    fail_input("{}: {} has shape {}; expected [{}, {}].", op, name, shape_text(t), rows, cols);
+  check_contiguous(op, name, t);
+}
+
+void check_contiguous(std::string_view op, std::string_view name, const TensorView& t) {
+  if (!t.is_contiguous()) fail_input("{}: {} is not contiguous; call .contiguous() first.", op, name);
+}
+
+void check_cpu(std::string_view op, const TensorView& t) {
+  if (t.device.type != DeviceType::cpu)
+    fail_input("{}: the tensor is on a CUDA device, but {}; move it to the CPU.", op, cuda_reason());
+}
+
+std::int64_t check_params(std::string_view op, std::int64_t out, std::int64_t in, const TensorView& scale,
+                          const TensorView* zero_point) {
+  check_float(op, "scale", scale);
+  check_cpu(op, scale);
+  const std::int64_t groups = scale.rank == 2 ? scale.shape[1] : 0;
+  if (scale.rank != 2 || scale.shape[0] != out || groups < 1 || (groups > 1 && in % groups != 0))
+    fail_input("{}: scale has shape {}; expected [{}, groups] with groups dividing {}.", op, shape_text(scale), out,
+               in);
+  check_contiguous(op, "scale", scale);
+  if (zero_point != nullptr) {
+    check_dtype(op, "zero_point", *zero_point, DType::s8);
+    check_cpu(op, *zero_point);
+    check_shape(op, "zero_point", *zero_point, out, groups);
+  }
+  return groups;
+}
+
+}  // namespace qtale::ops

@@ -1,0 +1,73 @@
+"""Memory of torch tensors and numpy arrays as the core sees it, and new memory of the same kind. No copies."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qtale.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    Array = torch.Tensor | np.ndarray[Any, Any]
+    Memory = tuple[int, str, tuple[int, ...], tuple[int, ...], int]
+
+ALIGNMENT = 64
+
+
+def is_torch(array: object) -> bool:
+    """True for a torch tensor; never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def dtype_name(array: Array) -> str:
+    """'float16', 'int8' …: the names that torch and numpy share."""
+    if is_torch(array):
+        return str(array.dtype).removeprefix("torch.")
+    return str(np.asarray(array).dtype.name)
+
+
+def memory(array: Array) -> Memory:
+    """(pointer, dtype, shape, strides in elements, device index or -1) of a tensor or array.
+
+    Raises InputError for anything else and for devices that the core cannot address.
+    """
+    if is_torch(array):
+        return _torch_memory(array)
+    if isinstance(array, np.ndarray):
+        itemsize = array.dtype.itemsize
+        if any(stride % itemsize for stride in array.strides):
+            raise InputError("numpy array: its strides are no multiple of its item size; pass a contiguous copy.")
+        strides = tuple(stride // itemsize for stride in array.strides)
+        return array.ctypes.data, array.dtype.name, array.shape, strides, -1
+    raise InputError(f"expected a torch tensor or a numpy array, got {type(array).__name__}.")
+
+
+def _torch_memory(tensor: Any) -> Memory:
+    if tensor.device.type not in ("cpu", "cuda") or tensor.layout != sys.modules["torch"].strided:
+        raise InputError(f"a {tensor.layout} tensor on {tensor.device} is not supported; use a dense tensor on the CPU.")
+    device = -1 if tensor.device.type == "cpu" else tensor.device.index
+    return tensor.data_ptr(), dtype_name(tensor), tuple(tensor.shape), tuple(tensor.stride()), device
+
+
+def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Any:
+    """Uninitialized memory of the kind and device of ``like``, 64-byte aligned."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    if dtype == "bfloat16":
+        raise InputError("numpy has no bfloat16; pass torch tensors or ask for float16 or float32.")
+    itemsize = np.dtype(dtype).itemsize
+    count = int(np.prod(shape, dtype=np.int64)) * itemsize
+    raw = np.empty(count + ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def contiguous(array: Array) -> Any:
+    """The array itself if it is contiguous, else a contiguous copy."""
+    return array.contiguous() if is_torch(array) else np.ascontiguousarray(array)
