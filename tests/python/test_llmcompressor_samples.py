@@ -1,0 +1,107 @@
+"""Folders that llm-compressor wrote: the layout is what the oracle says, and qtale reads the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pack_quantized_oracle import Packed, read_packed, read_safetensors, scheme_of, stored_bytes
+
+SAMPLES = Path(__file__).parent / "samples" / "llmcompressor"
+NAMES = sorted(path.name for path in SAMPLES.iterdir() if path.is_dir())
+DTYPES = {"F16": "float16", "BF16": "bfloat16"}
+ZERO_ROW = "model.layers.0.self_attn.k_proj"
+EPSILON = {"F16": 2.0**-10, "BF16": 2.0**-7}
+
+
+def expected_weights(name: str) -> dict[str, Any]:
+    weights: dict[str, Any] = json.loads((SAMPLES / f"{name}.weights.json").read_text())["weights"]
+    return weights
+
+
+def words(count: int, num_bits: int) -> int:
+    return -(-count * num_bits // 32)
+
+
+def test_the_samples_cover_what_is_promised() -> None:
+    kinds = {
+        (packed.num_bits, packed.zero_point is None, packed.scale.values.shape[1] > 1)
+        for name in NAMES
+        for packed in read_packed(SAMPLES / name).values()
+    }
+    assert {(4, True, True), (4, False, True), (3, True, True), (8, True, False), (3, False, False)} <= kinds
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_oracle_reproduces_every_weight_bit_for_bit(name: str) -> None:
+    packed, expected = read_packed(SAMPLES / name), expected_weights(name)
+    assert packed.keys() == expected.keys()
+    for module, matrix in packed.items():
+        assert DTYPES[matrix.scale.dtype] == expected[module]["dtype"], module
+        assert list(matrix.codes.shape) == expected[module]["shape"], module
+        raw = stored_bytes(matrix.dequantized(), matrix.scale.dtype)
+        assert hashlib.sha256(raw).hexdigest() == expected[module]["sha256"], module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_shapes_and_types(name: str) -> None:
+    config = json.loads((SAMPLES / name / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
+    tensors = read_safetensors(SAMPLES / name / "model.safetensors")
+    for module, entry in expected_weights(name).items():
+        rows, columns = entry["shape"]
+        scheme = scheme_of(module, config)
+        groups = columns // scheme["group_size"] if scheme["strategy"] == "group" else 1
+        bits = scheme["num_bits"]
+        stored = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.startswith(f"{module}.weight")}
+        shapes = {key: (tensor.dtype, tensor.values.shape) for key, tensor in stored.items()}
+        float_type = {v: k for k, v in DTYPES.items()}[entry["dtype"]]
+        wanted = {
+            "weight_packed": ("I32", (rows, words(columns, bits))),
+            "weight_scale": (float_type, (rows, groups)),
+            "weight_shape": ("I64", (2,)),
+        }
+        if not scheme["symmetric"]:
+            wanted["weight_zero_point"] = ("I32", (words(rows, bits), groups))
+        assert shapes == wanted, module
+        assert stored["weight_shape"].values.tolist() == [rows, columns]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_zero_row_has_the_types_epsilon_as_scale(name: str) -> None:
+    matrix = read_packed(SAMPLES / name)[ZERO_ROW]
+    assert set(matrix.scale.float32()[3].tolist()) == {EPSILON[matrix.scale.dtype]}
+    assert not matrix.dequantized()[3].any()
+
+
+def unrounded(matrix: Packed) -> np.ndarray:
+    """(code - zero point) * scale in float32, not rounded to the scale's type."""
+    groups = matrix.scale.values.shape[1]
+    blocks = matrix.codes.reshape(len(matrix.codes), groups, -1).astype(np.float32)
+    offset = 0 if matrix.zero_point is None else matrix.zero_point[:, :, None]
+    product = (blocks - offset).astype(np.float32) * matrix.scale.float32()[:, :, None]
+    return product.reshape(matrix.codes.shape)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_logits_are_those_of_the_oracles_weights(name: str) -> None:
+    config = json.loads((SAMPLES / name / "config.json").read_text())
+    config.pop("quantization_config")
+    model = LlamaForCausalLM(LlamaConfig(**config)).float().eval()
+    stored = read_safetensors(SAMPLES / name / "model.safetensors")
+    state = {key: torch.tensor(stored[key].float32()) for key in model.state_dict() if key in stored}
+    for module, matrix in read_packed(SAMPLES / name).items():
+        state[f"{module}.weight"] = torch.tensor(unrounded(matrix))
+    model.load_state_dict(state)
+    recorded = load_file(SAMPLES / f"{name}.logits.safetensors")
+    with torch.no_grad():
+        logits = model(recorded["input_ids"]).logits
+    torch.testing.assert_close(logits, recorded["logits"], rtol=0, atol=2e-5)
