@@ -19,6 +19,7 @@ using Memory =
 DType dtype_from_name(const std::string& name);
 TensorView view(const Memory& memory);
 
+void register_limits(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 
 }  // namespace qtale::bindings
