@@ -1,0 +1,40 @@
+"""Fixtures that several test files share: real data, and the demo model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qtale import demo
+from qtale.errors import NetworkError
+
+
+@pytest.fixture(scope="session")
+def qtale_data() -> Path:
+    """The folder of real data that QTALE_DATA names (it holds data/, models/, corpus/)."""
+    path = os.environ.get("QTALE_DATA")
+    if not path:
+        pytest.skip("QTALE_DATA is not set: it names the folder with the real data")
+    if not Path(path).is_dir():
+        pytest.skip(f"QTALE_DATA={path} is not a folder")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model's HuggingFace folder, downloaded and converted on a machine's first run."""
+    try:
+        return demo.model(progress=False)
+    except NetworkError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def demo_tasks() -> Path:
+    """The demo tasks' folder, downloaded on a machine's first run."""
+    try:
+        return demo.tasks(progress=False)
+    except NetworkError as error:
+        pytest.skip(str(error))
