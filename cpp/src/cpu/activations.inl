@@ -13,6 +13,7 @@ struct Int8Rows {
   std::int8_t* codes;   // [rows, k_padded]
   float* scales;        // [rows, act_groups]
   std::int32_t* sums;   // [rows, blocks]
+  float* totals;        // [rows]: sums of the activations as rounded
 
   Int8Rows(const Layout& l, std::int64_t rows, std::byte* workspace) {
     const auto count = static_cast<std::size_t>(rows);
@@ -20,7 +21,9 @@ struct Int8Rows {
     const std::size_t scale_bytes = aligned(count * static_cast<std::size_t>(l.act_groups) * sizeof(float));
     codes = reinterpret_cast<std::int8_t*>(workspace);
     scales = reinterpret_cast<float*>(workspace + code_bytes);
+    const std::size_t sum_bytes = aligned(count * static_cast<std::size_t>(l.blocks) * sizeof(std::int32_t));
     sums = reinterpret_cast<std::int32_t*>(workspace + code_bytes + scale_bytes);
+    totals = reinterpret_cast<float*>(workspace + code_bytes + scale_bytes + sum_bytes);
   }
 };
 
@@ -28,7 +31,7 @@ inline std::size_t int8_rows_bytes(const Layout& l, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows);
   return aligned(count * static_cast<std::size_t>(l.k_padded)) +
          aligned(count * static_cast<std::size_t>(l.act_groups) * sizeof(float)) +
-         aligned(count * static_cast<std::size_t>(l.blocks) * sizeof(std::int32_t));
+         aligned(count * static_cast<std::size_t>(l.blocks) * sizeof(std::int32_t)) + aligned(count * sizeof(float));
 }
 
 template <class E>
@@ -77,7 +80,7 @@ inline std::int32_t sum_codes(const std::int8_t* codes, std::int64_t count) {
   return static_cast<std::int32_t>(reduce_add(sum));
 }
 
-void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
+inline void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
   const Layout& l = *a.layout;
   const Int8Rows out(l, a.rows, a.workspace);
   with_type(a.x.dtype, [&](auto element) {
@@ -90,8 +93,13 @@ void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end
         out.scales[m * l.act_groups + g] = quantize_activation_group<E>(
             row + k, min64(kActGroup, l.k - k), min64(kActGroup, l.k_padded - k), codes + k);
       }
-      for (std::int64_t b = 0; b < l.blocks; ++b)
-        out.sums[m * l.blocks + b] = sum_codes(codes + b * l.block_k, l.block_size(b));
+      float total = 0.0f;
+      for (std::int64_t b = 0; b < l.blocks; ++b) {
+        const std::int32_t sum = sum_codes(codes + b * l.block_k, l.block_size(b));
+        out.sums[m * l.blocks + b] = sum;
+        total += static_cast<float>(sum) * out.scales[m * l.act_groups + b * l.block_k / kActGroup];
+      }
+      out.totals[m] = total;
     }
   });
 }

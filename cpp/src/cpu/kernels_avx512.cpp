@@ -13,7 +13,7 @@ const KernelTable avx512_table = {
     dequantize_rows,
     fake_quantize_rows,
     {int8_rows_bytes, prepare_int8_rows, run_int8, kTile},
-    {float_rows_bytes, prepare_float_rows, run_float, kTile},
+    {float_rows_bytes, prepare_float_positions, run_float, kFloatTile},
 };
 
 }  // namespace qtale::cpu

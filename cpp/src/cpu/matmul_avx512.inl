@@ -3,19 +3,19 @@
 #include <immintrin.h>
 
 #include "cpu/activations.inl"
+#include "cpu/tiles_avx512.inl"
+#include "cpu/unroll.h"
 
 namespace qtale::cpu {
 namespace {
 
-constexpr int kRows = 64;
 constexpr int kVecs = 4;       // registers of 16 rows
 constexpr int kTile = 6;       // activation rows: 24 accumulators leave room for the weights
 constexpr int kPrefetch = 4096;
 
-#define QTALE_UNROLL _Pragma("GCC unroll 8")
 
-inline __m512i load_line(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
-inline __m512i broadcast4(const std::int8_t* p) {
+QTALE_INLINE __m512i load_line(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+QTALE_INLINE __m512i broadcast4(const std::int8_t* p) {
   std::int32_t word;
   std::memcpy(&word, p, sizeof word);
   return _mm512_set1_epi32(word);
@@ -28,7 +28,7 @@ template <>
 struct Codes<8> {
   static constexpr int kInputs = 4, kFields = 1, kBytes = 256, kOffset = 128;
   template <int Field>
-  static __m512i get(const std::uint8_t* w, int p) {
+  QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
     return load_line(w + 64 * p);
   }
 };
@@ -36,7 +36,7 @@ template <>
 struct Codes<4> {
   static constexpr int kInputs = 8, kFields = 2, kBytes = 256, kOffset = 8;
   template <int Field>
-  static __m512i get(const std::uint8_t* w, int p) {
+  QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
     const __m512i line = load_line(w + 64 * p);
     return _mm512_and_si512(Field ? _mm512_srli_epi32(line, 4) : line, _mm512_set1_epi8(15));
   }
@@ -45,7 +45,7 @@ template <>
 struct Codes<2> {
   static constexpr int kInputs = 16, kFields = 4, kBytes = 256, kOffset = 2;
   template <int Field>
-  static __m512i get(const std::uint8_t* w, int p) {
+  QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
     const __m512i line = load_line(w + 64 * p);
     return _mm512_and_si512(Field ? _mm512_srli_epi32(line, 2 * Field) : line, _mm512_set1_epi8(3));
   }
@@ -54,7 +54,7 @@ template <>
 struct Codes<3> {
   static constexpr int kInputs = 16, kFields = 4, kBytes = 384, kOffset = 4;
   template <int Field>
-  static __m512i get(const std::uint8_t* w, int p) {
+  QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
     const __m512i low = Codes<2>::get<Field>(w, p);
     std::uint64_t high;
     std::memcpy(&high, w + 256 + 8 * (4 * Field + p), sizeof high);
@@ -62,14 +62,36 @@ struct Codes<3> {
   }
 };
 
-inline __m512 load_scales(const std::uint8_t* p, DType dtype, int v) {
-  if (dtype == DType::f16) return load_f16(reinterpret_cast<const std::uint16_t*>(p) + 16 * v);
-  if (dtype == DType::bf16) return load_bf16(reinterpret_cast<const std::uint16_t*>(p) + 16 * v);
-  return load_f32(reinterpret_cast<const float*>(p) + 16 * v);
+QTALE_INLINE void load_scales(__m512 (&out)[kVecs], const std::uint8_t* p, DType dtype) {
+  const auto* half = reinterpret_cast<const std::uint16_t*>(p);
+  if (dtype == DType::f16) {
+    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_f16(half + 16 * v); });
+  } else if (dtype == DType::bf16) {
+    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_bf16(half + 16 * v); });
+  } else {
+    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_f32(reinterpret_cast<const float*>(p) + 16 * v); });
+  }
 }
 
-inline __m512i load_zeros(const std::uint8_t* p, int v) {
+QTALE_INLINE __m512i load_zeros(const std::uint8_t* p, int v) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * v)));
+}
+
+// (sum - (offset + zero point) * activation total) * scale, for matrices with one scale per row.
+inline void finish_channel(const Layout& l, const std::uint8_t* panel, const float* totals, std::int64_t rows,
+                           float* out) {
+  const std::uint8_t* params = panel + l.param_offset(0);
+  __m512 scale[kVecs];
+  load_scales(scale, params, l.scale_dtype);
+  for (int p = 0; p < kVecs; ++p) {
+    __m512 offset = _mm512_set1_ps(static_cast<float>(1 << (l.num_bits - 1)));
+    if (!l.symmetric) offset = _mm512_add_ps(offset, _mm512_cvtepi32_ps(load_zeros(params + l.scale_bytes, p)));
+    for (std::int64_t m = 0; m < rows; ++m) {
+      float* o = out + m * kRows + 16 * p;
+      const __m512 sum = _mm512_fnmadd_ps(offset, _mm512_set1_ps(totals[m]), _mm512_load_ps(o));
+      _mm512_store_ps(o, _mm512_mul_ps(sum, scale[p]));
+    }
+  }
 }
 
 // The activations of one tile.
@@ -79,98 +101,147 @@ struct TileIn {
   const std::int32_t* sums;
 };
 
-template <int Bits, int Field, int M>
-inline void multiply_field(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda) {
-  __m512i code[kVecs];
-  QTALE_UNROLL for (int p = 0; p < kVecs; ++p) code[p] = Codes<Bits>::template get<Field>(w, p);
-  QTALE_UNROLL for (int m = 0; m < M; ++m) {
-    const __m512i quad = broadcast4(a + m * lda + 4 * Field);
-    QTALE_UNROLL for (int p = 0; p < kVecs; ++p) acc[m][p] = _mm512_dpbusd_epi32(acc[m][p], code[p], quad);
-  }
-}
-
 template <int Bits, int M>
-inline void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda) {
+QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a,
+                                std::int64_t lda) {
   using C = Codes<Bits>;
-  QTALE_UNROLL for (int line = 0; line < C::kBytes / 64; ++line)
+  unroll<C::kBytes / 64>([&](auto line) QTALE_INLINE_LAMBDA {
     _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetch + 64 * line, _MM_HINT_T0);
-  multiply_field<Bits, 0, M>(acc, w, a, lda);
-  if constexpr (C::kFields > 1) multiply_field<Bits, 1, M>(acc, w, a, lda);
-  if constexpr (C::kFields > 2) {
-    multiply_field<Bits, 2, M>(acc, w, a, lda);
-    multiply_field<Bits, 3, M>(acc, w, a, lda);
-  }
+  });
+  unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
+    __m512i code[kVecs];
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { code[p] = C::template get<field>(w, p); });
+    unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+      const __m512i quad = broadcast4(a + m * lda + 4 * field);
+      unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { acc[m][p] = _mm512_dpbusd_epi32(acc[m][p], code[p], quad); });
+    });
+  });
 }
 
-// M rows times one panel into out [M][64]. part keeps the sums of one activation group when it spans several blocks.
-template <int Bits, int M>
-__attribute__((noipa)) void tile_int8(const Layout& l, const std::uint8_t* panel, const TileIn in, float* out) {
-  using C = Codes<Bits>;
-  alignas(64) float part[M][kRows];
-  const std::int64_t lda = l.k_padded, blocks = l.blocks;
-  const std::int64_t per_group = l.block_k < kActGroup ? kActGroup / l.block_k : 1;
-  const __m512 one = _mm512_set1_ps(1.0f);
-  QTALE_UNROLL for (int m = 0; m < M; ++m)
-    QTALE_UNROLL for (int p = 0; p < kVecs; ++p) _mm512_storeu_ps(out + m * kRows + 16 * p, _mm512_setzero_ps());
-  for (std::int64_t b = 0; b < blocks; ++b) {
-    const std::uint8_t* w = panel + l.block_offset(b);
-    const std::int8_t* a = in.codes + b * l.block_k;
-    const std::int64_t steps = l.block_size(b) / C::kInputs;
-    __m512i acc[M][kVecs];
-    QTALE_UNROLL for (int m = 0; m < M; ++m) {
-      const __m512i start = _mm512_set1_epi32(-C::kOffset * in.sums[m * blocks + b]);
-      QTALE_UNROLL for (int p = 0; p < kVecs; ++p) acc[m][p] = start;
-    }
-#pragma GCC unroll 1
-    for (std::int64_t s = 0; s < steps; ++s, w += C::kBytes, a += C::kInputs) multiply_step<Bits, M>(acc, w, a, lda);
-    const std::uint8_t* params = panel + l.param_offset(b);
-    const bool first = b % per_group == 0, last = b + 1 == blocks || (b + 1) % per_group == 0;
-    QTALE_UNROLL for (int p = 0; p < kVecs; ++p) {
-      const __m512 scale = l.per_channel ? one : load_scales(params, l.scale_dtype, p);
-      QTALE_UNROLL for (int m = 0; m < M; ++m) {
-        __m512i sum = acc[m][p];
-        if (!l.symmetric) {
-          const __m512i correction = _mm512_set1_epi32(in.sums[m * blocks + b]);
-          sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(load_zeros(params + l.scale_bytes, p), correction));
-        }
-        __m512 value = _mm512_cvtepi32_ps(sum);
-        value = first ? _mm512_mul_ps(value, scale) : _mm512_fmadd_ps(value, scale, _mm512_load_ps(part[m] + 16 * p));
-        if (!last) {
-          _mm512_store_ps(part[m] + 16 * p, value);
-        } else {
-          const __m512 act = _mm512_set1_ps(in.scales[m * l.act_groups + b / per_group]);
-          float* o = out + m * kRows + 16 * p;
-          _mm512_storeu_ps(o, _mm512_fmadd_ps(value, act, _mm512_loadu_ps(o)));
-        }
-      }
-    }
-  }
-  if (!l.per_channel) return;
-  const std::uint8_t* params = panel + l.param_offset(0);
-  QTALE_UNROLL for (int p = 0; p < kVecs; ++p) {
-    const __m512 scale = load_scales(params, l.scale_dtype, p);
-    QTALE_UNROLL for (int m = 0; m < M; ++m) {
+// Group 0 finds no earlier sums in the output.
+QTALE_INLINE __mmask16 keep_of(std::int64_t group) { return static_cast<__mmask16>(group == 0 ? 0 : 0xffff); }
+
+// What happens to the int32 sums of one block: an activation group is one block or several, whose scaled sums meet in
+// `part` before the activation scale is applied once.
+enum class Flush { channel, whole, first, middle, last };
+
+template <int M>
+QTALE_INLINE void subtract_zero_points(__m512i (&acc)[M][kVecs], const std::uint8_t* zeros, const std::int32_t* sums,
+                                 std::int64_t ld_sums) {
+  unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
+    const __m512i zero = load_zeros(zeros, p);
+    unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+      const __m512i sum = _mm512_set1_epi32(sums[m * ld_sums]);
+      acc[m][p] = _mm512_sub_epi32(acc[m][p], _mm512_mullo_epi32(zero, sum));
+    });
+  });
+}
+
+template <Flush Mode, int M>
+QTALE_INLINE void flush(const __m512i (&acc)[M][kVecs], const std::uint8_t* scales, DType scale_dtype, const float* act,
+                  std::int64_t ld_act, float* part, __mmask16 keep, float* out) {
+  __m512 scale[kVecs];
+  if constexpr (Mode != Flush::channel) load_scales(scale, scales, scale_dtype);
+  unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+    const __m512 activation = _mm512_set1_ps(act[m * ld_act]);
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
       float* o = out + m * kRows + 16 * p;
-      _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), scale));
+      float* t = part + m * kRows + 16 * p;
+      __m512 value = _mm512_cvtepi32_ps(acc[m][p]);
+      if constexpr (Mode == Flush::whole || Mode == Flush::first) value = _mm512_mul_ps(value, scale[p]);
+      if constexpr (Mode == Flush::middle || Mode == Flush::last)
+        value = _mm512_fmadd_ps(value, scale[p], _mm512_load_ps(t));
+      if constexpr (Mode == Flush::first || Mode == Flush::middle) {
+        _mm512_store_ps(t, value);
+      } else {
+        _mm512_store_ps(o, _mm512_fmadd_ps(value, activation, _mm512_maskz_load_ps(keep, o)));
+      }
+    });
+  });
+}
+
+// Products of one block as exact int32. The offset of the codes is taken off at the start of the sums or, where one
+// scale serves the whole row, once at the end of it (kFromZero): zeroing a register is free, filling one is not.
+template <int Bits, int M, bool kFromZero>
+QTALE_INLINE void multiply_block(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda,
+                           std::int64_t steps, const std::int32_t* sums, std::int64_t ld_sums) {
+  using C = Codes<Bits>;
+  unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+    const __m512i start = kFromZero ? _mm512_setzero_si512() : _mm512_set1_epi32(-C::kOffset * sums[m * ld_sums]);
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { acc[m][p] = start; });
+  });
+#pragma GCC unroll 1
+  for (; steps > 0; --steps, w += C::kBytes, a += C::kInputs) multiply_step<Bits, M>(acc, w, a, lda);
+  // Else g++ 12 carries the output tile around this loop in spilled registers, or spills the sums inside it.
+  asm volatile("" ::: "memory");
+  unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { asm volatile("" : "+v"(acc[m][p])); });
+  });
+}
+
+// Adds M rows times a span of activation groups of a panel with a scale per row and group to out [M][64].
+template <int Bits, int M>
+__attribute__((noipa)) void tile_grouped(const Layout& l, const std::uint8_t* panel, const TileIn in, const Span span,
+                                         float* out) {
+  alignas(64) float part[M * kRows];
+  const std::int64_t per_group = kActGroup / l.block_k, steps = l.block_k / Codes<Bits>::kInputs;
+  const std::int64_t stop = min64(span.end * per_group, l.blocks);
+  std::int64_t b = span.begin * per_group;
+  const std::uint8_t* w = panel + l.block_offset(b);
+  const float* act = in.scales + span.begin;
+  for (std::int64_t g = span.begin; b < stop; ++g, ++act) {
+    const __mmask16 keep = keep_of(g);
+    const std::int64_t count = min64(per_group, stop - b);
+    for (std::int64_t i = 0; i < count; ++i, ++b) {
+      __m512i acc[M][kVecs];
+      const std::int32_t* sums = in.sums + b;
+      multiply_block<Bits, M, false>(acc, w, in.codes + b * l.block_k, l.k_padded, steps, sums, l.blocks);
+      const std::uint8_t* params = w + l.code_bytes;
+      if (!l.symmetric) subtract_zero_points<M>(acc, params + l.scale_bytes, sums, l.blocks);
+      if (i == 0 && count == 1) {
+        flush<Flush::whole, M>(acc, params, l.scale_dtype, act, l.act_groups, part, keep, out);
+      } else if (i == 0) {
+        flush<Flush::first, M>(acc, params, l.scale_dtype, act, l.act_groups, part, keep, out);
+      } else if (i + 1 == count) {
+        flush<Flush::last, M>(acc, params, l.scale_dtype, act, l.act_groups, part, keep, out);
+      } else {
+        flush<Flush::middle, M>(acc, params, l.scale_dtype, act, l.act_groups, part, keep, out);
+      }
+      w = params + l.param_bytes;
     }
   }
 }
 
-using TileFn = void (*)(const Layout&, const std::uint8_t*, TileIn, float*);
+// The same for a panel with a scale per row; finish_channel ends it.
+template <int Bits, int M>
+__attribute__((noipa)) void tile_channel(const Layout& l, const std::uint8_t* panel, const TileIn in, const Span span,
+                                         float* out) {
+  for (std::int64_t g = span.begin; g < span.end; ++g) {
+    __m512i acc[M][kVecs];
+    const std::int64_t k = g * kActGroup, size = min64(l.k_padded - k, kActGroup);
+    multiply_block<Bits, M, true>(acc, panel + l.block_offset(g), in.codes + k, l.k_padded,
+                                  size / Codes<Bits>::kInputs, nullptr, 0);
+    flush<Flush::channel, M>(acc, nullptr, l.scale_dtype, in.scales + g, l.act_groups, nullptr, keep_of(g), out);
+  }
+}
+
+using TileFn = void (*)(const Layout&, const std::uint8_t*, TileIn, Span, float*);
 
 template <int Bits>
-TileFn tile_of_rows(std::int64_t rows) {
-  static constexpr TileFn kTiles[kTile] = {tile_int8<Bits, 1>, tile_int8<Bits, 2>, tile_int8<Bits, 3>,
-                                           tile_int8<Bits, 4>, tile_int8<Bits, 5>, tile_int8<Bits, 6>};
-  return kTiles[rows - 1];
+TileFn tile_of_rows(std::int64_t rows, bool per_channel) {
+  static constexpr TileFn kGrouped[kTile] = {tile_grouped<Bits, 1>, tile_grouped<Bits, 2>, tile_grouped<Bits, 3>,
+                                             tile_grouped<Bits, 4>, tile_grouped<Bits, 5>, tile_grouped<Bits, 6>};
+  static constexpr TileFn kChannel[kTile] = {tile_channel<Bits, 1>, tile_channel<Bits, 2>, tile_channel<Bits, 3>,
+                                             tile_channel<Bits, 4>, tile_channel<Bits, 5>, tile_channel<Bits, 6>};
+  return (per_channel ? kChannel : kGrouped)[rows - 1];
 }
 
-inline TileFn pick_tile(int num_bits, std::int64_t rows) {
-  switch (num_bits) {
-    case 2: return tile_of_rows<2>(rows);
-    case 3: return tile_of_rows<3>(rows);
-    case 4: return tile_of_rows<4>(rows);
-    default: return tile_of_rows<8>(rows);
+inline TileFn pick_tile(const Layout& l, std::int64_t rows) {
+  switch (l.num_bits) {
+    case 2: return tile_of_rows<2>(rows, l.per_channel);
+    case 3: return tile_of_rows<3>(rows, l.per_channel);
+    case 4: return tile_of_rows<4>(rows, l.per_channel);
+    default: return tile_of_rows<8>(rows, l.per_channel);
   }
 }
 
@@ -178,18 +249,14 @@ void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
               std::int64_t row_end) {
   const Layout& l = *a.layout;
   const Int8Rows acts(l, a.rows, a.workspace);
-  alignas(64) float out[kTile * kRows];
-  for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const std::int64_t col = panel * kRows;
-    for (std::int64_t m = row_begin; m < row_end;) {
-      const std::int64_t rows = next_tile(row_end - m, kTile);
-      const TileIn in{acts.codes + m * l.k_padded, acts.scales + m * l.act_groups, acts.sums + m * l.blocks};
-      pick_tile(l.num_bits, rows)(l, a.panels + panel * l.panel_bytes, in, out);
-      for (std::int64_t i = 0; i < rows; ++i)
-        store_outputs(a, m + i, col, out + i * kRows, min64(kRows, l.n - col));
-      m += rows;
-    }
-  }
+  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span span, float* out) {
+    const TileIn in{acts.codes + m * l.k_padded, acts.scales + m * l.act_groups, acts.sums + m * l.blocks};
+    pick_tile(l, rows)(l, a.panels + panel * l.panel_bytes, in, span, out);
+  };
+  const auto finish = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, float* out) {
+    if (l.per_channel) finish_channel(l, a.panels + panel * l.panel_bytes, acts.totals + m, rows, out);
+  };
+  run_tiles<kTile>(a, {panel_begin, panel_end}, {row_begin, row_end}, l.act_groups, tile, finish);
 }
 
 }  // namespace

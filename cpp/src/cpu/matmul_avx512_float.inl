@@ -1,94 +1,121 @@
-// Float qmatmul on AVX-512 over 64-row panels: codes become float32 in registers by a table look-up (vpermps) and meet
-// broadcast float32 activations; products and sums are float32.
+// Float qmatmul on AVX-512 over 64-row panels; products and sums are float32.
+// A code is masked out where it stands in its 32-bit lane and converted there, so it comes with a factor 2^position;
+// the activations it meets carry the inverse factor, which is exact. That saves the shifts, whose two ports would be the
+// limit of the decode loop.
 #include "cpu/float_activations.inl"
 
 namespace qtale::cpu {
 namespace {
 
-// Float values of input 4 * field + j of sixteen rows, from the bytes that Codes<Bits>::get returns.
+constexpr int kFloatTile = 4;  // activation rows
+
+// Bits of 2 and 4 are masked out of their line, others out of the bytes that Codes::get makes.
 template <int Bits>
-inline __m512 code_values(__m512i bytes, int j, __m512 table) {
-  if constexpr (Bits == 8) {
-    const __m512i code = _mm512_xor_si512(bytes, _mm512_set1_epi8(-128));
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(code, static_cast<unsigned>(24 - 8 * j)), 24));
-  } else {
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, static_cast<unsigned>(8 * j)), table);
-  }
+constexpr bool kInPlace = Bits == 2 || Bits == 4;
+
+// Position of input 4 * field + j in its lane; the topmost code is shifted down, as it would touch the sign.
+template <int Bits>
+constexpr int lane_position(int field, int j) {
+  const int position = 8 * j + (kInPlace<Bits> ? Bits * field : 0);
+  return position + (kInPlace<Bits> ? Bits : 8) == 32 ? 0 : position;
 }
 
-template <int Bits>
-inline __m512 code_table() {
-  alignas(64) float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(i - (1 << (Bits - 1)));
-  return _mm512_load_ps(values);
-}
-
-template <int Bits, int Field, int M>
-inline void multiply_field_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x, std::int64_t ldx,
-                                 __m512 table) {
-  __m512i bytes[kVecs];
-  QTALE_UNROLL for (int p = 0; p < kVecs; ++p) bytes[p] = Codes<Bits>::template get<Field>(w, p);
-  QTALE_UNROLL for (int j = 0; j < 4; ++j) {
-    __m512 value[kVecs];
-    QTALE_UNROLL for (int p = 0; p < kVecs; ++p) value[p] = code_values<Bits>(bytes[p], j, table);
-    QTALE_UNROLL for (int m = 0; m < M; ++m) {
-      const __m512 input = _mm512_set1_ps(x[m * ldx + 4 * Field + j]);
-      QTALE_UNROLL for (int p = 0; p < kVecs; ++p) acc[m][p] = _mm512_fmadd_ps(value[p], input, acc[m][p]);
-    }
-  }
+template <int Bits, int Field, int J>
+QTALE_INLINE __m512 code_values(__m512i line) {
+  constexpr int kWidthBits = kInPlace<Bits> ? Bits : 8;
+  constexpr int kPosition = lane_position<Bits>(Field, J);
+  if constexpr (J == 3 && kPosition == 0) return _mm512_cvtepi32_ps(_mm512_srli_epi32(line, 32 - kWidthBits));
+  constexpr auto kMask = static_cast<int>(((1u << kWidthBits) - 1u) << kPosition);
+  return _mm512_cvtepi32_ps(_mm512_and_si512(line, _mm512_set1_epi32(kMask)));
 }
 
 template <int Bits, int M>
-inline void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x, std::int64_t ldx,
-                                __m512 table) {
+QTALE_INLINE void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x,
+                                      std::int64_t ldx) {
   using C = Codes<Bits>;
-  QTALE_UNROLL for (int line = 0; line < C::kBytes / 64; ++line)
+  unroll<C::kBytes / 64>([&](auto line) QTALE_INLINE_LAMBDA {
     _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetch + 64 * line, _MM_HINT_T0);
-  multiply_field_float<Bits, 0, M>(acc, w, x, ldx, table);
-  if constexpr (C::kFields > 1) multiply_field_float<Bits, 1, M>(acc, w, x, ldx, table);
-  if constexpr (C::kFields > 2) {
-    multiply_field_float<Bits, 2, M>(acc, w, x, ldx, table);
-    multiply_field_float<Bits, 3, M>(acc, w, x, ldx, table);
+  });
+  unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
+    __m512i line[kVecs];
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
+      line[p] = kInPlace<Bits> ? load_line(w + 64 * p) : C::template get<field>(w, p);
+    });
+    unroll<4>([&](auto j) QTALE_INLINE_LAMBDA {
+      __m512 value[kVecs];
+      unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { value[p] = code_values<Bits, field, j>(line[p]); });
+      unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+        const __m512 input = _mm512_set1_ps(x[m * ldx + 4 * field + j]);
+        unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { acc[m][p] = _mm512_fmadd_ps(value[p], input, acc[m][p]); });
+      });
+    });
+  });
+}
+
+// Multiplies prepared activations by the inverse of the factor their codes come with.
+template <int Bits>
+inline void scale_to_positions(float* values, std::int64_t count) {
+  alignas(64) float factor[16];
+  for (int i = 0; i < 16; ++i)
+    factor[i] = 1.0f / static_cast<float>(1u << lane_position<Bits>(i / 4 % Codes<Bits>::kFields, i % 4));
+  const __m512 factors = _mm512_load_ps(factor);
+  for (std::int64_t k = 0; k < count; k += 16) store_f32(values + k, mul(load_f32(values + k), factors));
+}
+
+void prepare_float_positions(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
+  prepare_float_rows(a, begin, end);
+  const Layout& l = *a.layout;
+  float* values = FloatRows(l, a.rows, a.workspace).values + begin * l.k_padded;
+  const std::int64_t count = (end - begin) * l.k_padded;
+  switch (l.num_bits) {
+    case 2: return scale_to_positions<2>(values, count);
+    case 3: return scale_to_positions<3>(values, count);
+    case 4: return scale_to_positions<4>(values, count);
+    default: return scale_to_positions<8>(values, count);
   }
 }
 
+// Adds M rows times blocks [begin, end) of one panel to out [M][64].
 template <int Bits, int M>
 __attribute__((noipa)) void tile_float(const Layout& l, const std::uint8_t* panel, const float* x, const float* sums,
-                                       float* out) {
+                                       const Span blocks, float* out) {
   using C = Codes<Bits>;
-  const __m512 table = code_table<Bits>();
-  for (std::int64_t b = 0; b < l.blocks; ++b) {
+  for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
     const std::uint8_t* w = panel + l.block_offset(b);
     const float* a = x + b * l.block_k;
     const std::int64_t steps = l.block_size(b) / C::kInputs;
     __m512 acc[M][kVecs];
-    QTALE_UNROLL for (int m = 0; m < M; ++m) QTALE_UNROLL for (int p = 0; p < kVecs; ++p) acc[m][p] = _mm512_setzero_ps();
+    unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+      unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { acc[m][p] = _mm512_setzero_ps(); });
+    });
 #pragma GCC unroll 1
     for (std::int64_t s = 0; s < steps; ++s, w += C::kBytes, a += C::kInputs)
-      multiply_step_float<Bits, M>(acc, w, a, l.k_padded, table);
+      multiply_step_float<Bits, M>(acc, w, a, l.k_padded);
+    asm volatile("" ::: "memory");  // as in multiply_block
+    unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+      unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { asm volatile("" : "+v"(acc[m][p])); });
+    });
     const std::uint8_t* params = panel + l.param_offset(b);
-    QTALE_UNROLL for (int p = 0; p < kVecs; ++p) {
-      const __m512 scale = load_scales(params, l.scale_dtype, p);
-      QTALE_UNROLL for (int m = 0; m < M; ++m) {
-        __m512 sum = acc[m][p];
-        if (!l.symmetric) {
-          const __m512 zero = _mm512_cvtepi32_ps(load_zeros(params + l.scale_bytes, p));
-          sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[m * l.blocks + b]), sum);
-        }
+    __m512 scales[kVecs];
+    load_scales(scales, params, l.scale_dtype);
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
+      __m512 zero = _mm512_set1_ps(static_cast<float>(C::kOffset));
+      if (!l.symmetric) zero = _mm512_add_ps(zero, _mm512_cvtepi32_ps(load_zeros(params + l.scale_bytes, p)));
+      unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
+        const __m512 sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[m * l.blocks + b]), acc[m][p]);
         float* o = out + m * kRows + 16 * p;
-        const __m512 before = b == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(o);
-        _mm512_storeu_ps(o, _mm512_fmadd_ps(sum, scale, before));
-      }
-    }
+        _mm512_store_ps(o, _mm512_fmadd_ps(sum, scales[p], _mm512_maskz_load_ps(keep_of(b), o)));
+      });
+    });
   }
 }
 
-using FloatTileFn = void (*)(const Layout&, const std::uint8_t*, const float*, const float*, float*);
+using FloatTileFn = void (*)(const Layout&, const std::uint8_t*, const float*, const float*, Span, float*);
 
 template <int Bits>
 FloatTileFn float_tile_of_rows(std::int64_t rows) {
-  static constexpr FloatTileFn kTiles[kTile] = {tile_float<Bits, 1>, tile_float<Bits, 2>, tile_float<Bits, 3>,
-                                                tile_float<Bits, 4>, tile_float<Bits, 5>, tile_float<Bits, 6>};
+  static constexpr FloatTileFn kTiles[kFloatTile] = {tile_float<Bits, 1>, tile_float<Bits, 2>, tile_float<Bits, 3>,
+                                                     tile_float<Bits, 4>};
   return kTiles[rows - 1];
 }
 
@@ -105,18 +132,11 @@ void run_float(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel
                std::int64_t row_end) {
   const Layout& l = *a.layout;
   const FloatRows acts(l, a.rows, a.workspace);
-  alignas(64) float out[kTile * kRows];
-  for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const std::int64_t col = panel * kRows;
-    for (std::int64_t m = row_begin; m < row_end;) {
-      const std::int64_t rows = next_tile(row_end - m, kTile);
-      pick_float_tile(l.num_bits, rows)(l, a.panels + panel * l.panel_bytes, acts.values + m * l.k_padded,
-                                        acts.sums + m * l.blocks, out);
-      for (std::int64_t i = 0; i < rows; ++i)
-        store_outputs(a, m + i, col, out + i * kRows, min64(kRows, l.n - col));
-      m += rows;
-    }
-  }
+  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span blocks, float* out) {
+    pick_float_tile(l.num_bits, rows)(l, a.panels + panel * l.panel_bytes, acts.values + m * l.k_padded,
+                                      acts.sums + m * l.blocks, blocks, out);
+  };
+  run_tiles<kFloatTile>(a, {panel_begin, panel_end}, {row_begin, row_end}, l.blocks, tile, [](auto&&...) {});
 }
 
 }  // namespace
