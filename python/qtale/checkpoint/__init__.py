@@ -1,0 +1,18 @@
+"""HuggingFace model folders: opened and checked before use, read tensor by tensor, written whole or not at all."""
+
+from qtale.checkpoint.folder import ModelFolder, open_folder
+from qtale.checkpoint.hub import resolve
+from qtale.checkpoint.output import output_folder
+from qtale.checkpoint.safetensors import Shard, TensorInfo, read_header
+from qtale.checkpoint.writer import ShardWriter
+
+__all__ = [
+    "ModelFolder",
+    "Shard",
+    "ShardWriter",
+    "TensorInfo",
+    "open_folder",
+    "output_folder",
+    "read_header",
+    "resolve",
+]
