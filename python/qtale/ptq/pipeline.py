@@ -1,0 +1,139 @@
+"""``qtale.quantize``: a dense model folder in, a compressed-tensors folder out, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qtale import names
+from qtale.checkpoint.folder import CONFIG_FILE, ModelFolder, open_folder
+from qtale.checkpoint.index import INDEX_FILE, read_json_object
+from qtale.checkpoint.output import check_output, output_folder, write_json
+from qtale.checkpoint.safetensors import Shard, TensorInfo
+from qtale.checkpoint.writer import ShardWriter, TensorShape
+from qtale.errors import CheckpointError, InputError
+from qtale.format.config import build_config
+from qtale.format.tensors import packed_layout, packed_tensors
+from qtale.ptq.plan import LayerRow, Overrides, Plan, QuantizeReport, build_report, plan_quantization
+from qtale.spec import QuantSpec
+
+_logger = logging.getLogger("qtale")
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*")
+_WRITTEN = {CONFIG_FILE, INDEX_FILE}
+# Room for headers, tokenizer and configuration beside the tensor data.
+_MARGIN_BYTES = 32 << 20
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path | None,
+    spec: QuantSpec | None = None,
+    *,
+    overrides: Overrides | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> QuantizeReport:
+    """Quantize the Linear layers of a model's decoder blocks by rounding to nearest and write a new HF folder.
+
+    ``model`` is a folder or a hub name, ``out`` a folder that does not exist yet (None in a dry run), ``spec`` what
+    every layer gets (default 4 bits, symmetric, automatic groups). ``overrides`` maps exact module names to specs of
+    their own, None leaving a layer dense. A dry run reads headers only and writes nothing. Peak memory is about the
+    largest matrix; each input shard becomes one output shard of the same name, and ``out`` appears at the end, whole.
+
+    Raises InputError (output exists, group size does not divide, bad overrides), CheckpointError (broken files, NaN or
+    infinite weights), UnsupportedError (quantized already, unknown architecture), Error (disk full).
+    """
+    if out is not None:
+        check_output(Path(out).expanduser())
+    elif not dry_run:
+        raise InputError("quantize: no output folder is given; give one, or ask for a dry run.")
+    folder = open_folder(model)
+    plan = plan_quantization(folder, spec or QuantSpec(), overrides or {})
+    report = build_report(folder, plan, None if out is None else str(out), dry_run)
+    if plan.left_dense:
+        _logger.warning("left dense, not known as Linear layers: %s", _shortened(plan.left_dense))
+    if dry_run or out is None:
+        return report
+    with output_folder(out, report.bytes_after + _MARGIN_BYTES) as target:
+        rows = _write_shards(folder, plan, target, progress)
+        _write_small_files(folder, plan, target)
+    return dataclasses.replace(report, layers=rows)
+
+
+def _write_shards(folder: ModelFolder, plan: Plan, target: Path, progress: bool) -> tuple[LayerRow, ...]:
+    from tqdm.auto import tqdm
+
+    rows: list[LayerRow] = []
+    with tqdm(total=folder.nbytes, unit="B", unit_scale=True, desc="quantize", disable=not progress) as bar:
+        for shard in folder.shards:
+            metadata = {"format": "pt", **shard.metadata}
+            with ShardWriter(target / shard.path.name, _output_tensors(shard, plan), metadata) as writer:
+                for info in shard.tensors.values():
+                    row = plan.rows.get(_quantized_module(info, plan))
+                    if row is None:
+                        writer.copy(shard, info)
+                    else:
+                        rows.append(_quantize_layer(folder, shard, row, writer))
+                        bar.set_postfix_str(f"{row.name} error {rows[-1].error:.4f}")
+                    bar.update(info.nbytes)
+    return tuple(sorted(rows, key=lambda row: names.model_order(row.name)))
+
+
+def _quantize_layer(folder: ModelFolder, shard: Shard, row: LayerRow, writer: ShardWriter) -> LayerRow:
+    from qtale.ptq.rtn import relative_error, round_to_nearest
+
+    weight = folder.torch(f"{row.name}.weight")
+    try:
+        quantized = round_to_nearest(weight, row.spec)
+    except InputError as error:
+        raise CheckpointError(f"{shard.path}: {row.name}.weight cannot be quantized: {error}") from error
+    for name, tensor in packed_tensors(row.name, *quantized, row.num_bits).items():
+        writer.write(name, tensor)
+    return dataclasses.replace(row, error=relative_error(weight, quantized))
+
+
+def _quantized_module(info: TensorInfo, plan: Plan) -> str:
+    """The module that ``info`` is the weight of where that one is quantized, else an empty name."""
+    module, _, kind = info.name.rpartition(".")
+    return module if kind == "weight" and module in plan.rows else ""
+
+
+def _output_tensors(shard: Shard, plan: Plan) -> Iterator[TensorShape]:
+    for info in shard.tensors.values():
+        row = plan.rows.get(_quantized_module(info, plan))
+        if row is None:
+            yield TensorShape(info.name, info.dtype, info.shape)
+        else:
+            yield from packed_layout(row.name, row.shape, row.spec, row.dtype).values()
+
+
+def _write_small_files(folder: ModelFolder, plan: Plan, target: Path) -> None:
+    for pattern in _COPIED:
+        for source in sorted(folder.path.glob(pattern)):
+            if source.is_file() and source.name not in _WRITTEN:
+                shutil.copyfile(source, target / source.name)
+    if folder.sharded:
+        write_json(target / INDEX_FILE, _new_index(folder, plan))
+    specs = {module: row.spec for module, row in plan.rows.items()}
+    write_json(target / CONFIG_FILE, {**folder.config, "quantization_config": build_config(specs, plan.ignore)})
+
+
+def _new_index(folder: ModelFolder, plan: Plan) -> Mapping[str, Any]:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in folder.shards:
+        for tensor in _output_tensors(shard, plan):
+            weight_map[tensor.name] = shard.path.name
+            total += tensor.nbytes
+    metadata = read_json_object(folder.path / INDEX_FILE).get("metadata")
+    kept = metadata if isinstance(metadata, dict) else {}
+    return {"metadata": {**kept, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _shortened(modules: tuple[str, ...]) -> str:
+    shown = ", ".join(modules[:3])
+    return shown if len(modules) <= 3 else f"{shown} and {len(modules) - 3} more"
