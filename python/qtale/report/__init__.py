@@ -1,0 +1,1 @@
+"""What qtale shows: folders and runs as text tables and JSON."""
