@@ -7,34 +7,46 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qtale.errors import InputError
+from qtale.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import TypeIs
 
     Array = torch.Tensor | np.ndarray[Any, Any]
     Memory = tuple[int, str, tuple[int, ...], tuple[int, ...], int]
 
 ALIGNMENT = 64
+FLOATS = ("float32", "float16", "bfloat16")
+# Filled at the first use of each dtype: str(dtype) costs more than a kernel on a small matrix.
+_torch_names: dict[Any, str] = {}
 
 
-def is_torch(array: object) -> bool:
+def is_torch(array: object) -> TypeIs[torch.Tensor]:
     """True for a torch tensor; never imports torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def torch_dtype_name(dtype: torch.dtype) -> str:
+    """'float16' for torch.float16."""
+    name = _torch_names.get(dtype)
+    if name is None:
+        name = _torch_names[dtype] = str(dtype).removeprefix("torch.")
+    return name
+
+
 def dtype_name(array: Array) -> str:
     """'float16', 'int8' …: the names that torch and numpy share."""
     if is_torch(array):
-        return str(array.dtype).removeprefix("torch.")
+        return torch_dtype_name(array.dtype)
     return str(np.asarray(array).dtype.name)
 
 
 def memory(array: Array) -> Memory:
     """(pointer, dtype, shape, strides in elements, device index or -1) of a tensor or array.
 
-    Raises InputError for anything else and for devices that the core cannot address.
+    Raises InputError for anything else and UnsupportedError for tensors that the core cannot address.
     """
     if is_torch(array):
         return _torch_memory(array)
@@ -48,10 +60,11 @@ def memory(array: Array) -> Memory:
 
 
 def _torch_memory(tensor: Any) -> Memory:
-    if tensor.device.type not in ("cpu", "cuda") or tensor.layout != sys.modules["torch"].strided:
-        raise InputError(f"a {tensor.layout} tensor on {tensor.device} is not supported; use a dense tensor on the CPU.")
-    device = -1 if tensor.device.type == "cpu" else tensor.device.index
-    return tensor.data_ptr(), dtype_name(tensor), tuple(tensor.shape), tuple(tensor.stride()), device
+    if not tensor.is_cpu or tensor.layout is not sys.modules["torch"].strided:
+        raise UnsupportedError(
+            f"a {tensor.layout} tensor on {tensor.device} is not supported; use a dense tensor on the CPU."
+        )
+    return tensor.data_ptr(), torch_dtype_name(tensor.dtype), tuple(tensor.shape), tensor.stride(), -1
 
 
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Any:
