@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pack_quantized_oracle import Packed, read_packed, read_safetensors, scheme_of, stored_bytes
+from pack_quantized_oracle import Packed, Tensor, read_packed, read_safetensors, scheme_of, stored_bytes
+from qtale import ops
+from qtale.checkpoint.folder import open_folder
+from qtale.format import packed_modules, packed_tensors, read_module
 
 SAMPLES = Path(__file__).parent / "samples" / "llmcompressor"
 NAMES = sorted(path.name for path in SAMPLES.iterdir() if path.is_dir())
@@ -105,3 +108,46 @@ def test_recorded_logits_are_those_of_the_oracles_weights(name: str) -> None:
     with torch.no_grad():
         logits = model(recorded["input_ids"]).logits
     torch.testing.assert_close(logits, recorded["logits"], rtol=0, atol=2e-5)
+
+
+def torch_values(tensor: Tensor) -> torch.Tensor:
+    return torch.tensor(tensor.float32()).to(getattr(torch, DTYPES[tensor.dtype]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ops_unpack_and_dequantize_like_the_oracle(name: str) -> None:
+    stored = read_safetensors(SAMPLES / name / "model.safetensors")
+    for module, matrix in read_packed(SAMPLES / name).items():
+        rows, columns = matrix.codes.shape
+        codes = ops.unpack(stored[f"{module}.weight_packed"].values, matrix.num_bits, columns)
+        np.testing.assert_array_equal(codes, matrix.codes, err_msg=module)
+        np.testing.assert_array_equal(ops.pack(codes, matrix.num_bits), stored[f"{module}.weight_packed"].values)
+        zero_point = None
+        if matrix.zero_point is not None:
+            words = np.ascontiguousarray(stored[f"{module}.weight_zero_point"].values.T)
+            zero_point = torch.from_numpy(np.ascontiguousarray(ops.unpack(words, matrix.num_bits, rows).T))
+        weight = ops.dequantize(torch.from_numpy(codes), torch_values(matrix.scale), zero_point)
+        np.testing.assert_array_equal(weight.float().numpy(), matrix.dequantized(), err_msg=module)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_qtale_reads_the_folder_with_equal_weights(name: str) -> None:
+    folder = open_folder(SAMPLES / name)
+    modules, oracle = packed_modules(folder), read_packed(SAMPLES / name)
+    assert modules.keys() == oracle.keys()
+    for module, matrix in oracle.items():
+        codes, scale, zero_point = read_module(folder, modules[module])
+        assert modules[module].spec.num_bits == matrix.num_bits
+        assert (zero_point is None) == (matrix.zero_point is None)
+        weight = ops.dequantize(codes, scale, zero_point)
+        assert str(weight.dtype) == f"torch.{DTYPES[matrix.scale.dtype]}"
+        np.testing.assert_array_equal(weight.float().numpy(), matrix.dequantized(), err_msg=module)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_qtale_stores_the_same_tensors_again(name: str) -> None:
+    folder = open_folder(SAMPLES / name)
+    for module, found in packed_modules(folder).items():
+        tensors = packed_tensors(module, *read_module(folder, found), found.spec.num_bits)
+        for key, value in tensors.items():
+            assert torch.equal(torch.as_tensor(value), folder.torch(key)), key
