@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qtale import _core, kernels
-from qtale.errors import UnsupportedError
+from qtale.errors import InputError, UnsupportedError
 from qtale.tensors import torch_dtype_name
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -177,6 +177,8 @@ _impl("qmatmul")(kernels.qmatmul)
 
 @_fake("qmatmul")
 def _qmatmul_fake(x: Tensor, prepacked: Tensor, out_features: int, bias: Tensor | None, compute: str) -> Tensor:
+    if x.device != prepacked.device:
+        raise InputError(f"qmatmul: x is on {x.device}, the weight on {prepacked.device}; move them to one device.")
     return x.new_empty((*x.shape[:-1], out_features))
 
 
