@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import qtale
 from pack_quantized_oracle import Packed, Tensor, read_packed, read_safetensors, scheme_of, stored_bytes
 from qtale import ops
 from qtale.checkpoint.folder import open_folder
@@ -151,3 +152,13 @@ def test_qtale_stores_the_same_tensors_again(name: str) -> None:
         tensors = packed_tensors(module, *read_module(folder, found), found.spec.num_bits)
         for key, value in tensors.items():
             assert torch.equal(torch.as_tensor(value), folder.torch(key)), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_load_torch_gives_the_recorded_logits(name: str) -> None:
+    recorded = load_file(SAMPLES / f"{name}.logits.safetensors")
+    model = qtale.load_torch(SAMPLES / name, compute="float", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(recorded["input_ids"]).logits
+    spread = float(recorded["logits"].max() - recorded["logits"].min())
+    assert float((logits - recorded["logits"]).abs().max()) < 1e-4 * spread
