@@ -36,6 +36,9 @@ void for_each_piece(const Layout& l, std::int64_t row, std::int64_t k, Fn&& fn) 
   fn(step + 2 * step_bytes + lane, static_cast<int>(k / 4 % 8), 1, 2);
 }
 
+// A matrix without inputs has no blocks, but one scale per row all the same.
+std::int64_t param_blocks(const Layout& l) { return std::max<std::int64_t>(l.blocks, 1); }
+
 int code_offset(const Layout& l) { return l.num_bits == 8 && l.panel_rows != 64 ? 0 : 1 << (l.num_bits - 1); }
 
 void put_code(const Layout& l, std::uint8_t* block, std::int64_t row, std::int64_t k, int code) {
@@ -91,7 +94,7 @@ void fill_panels(const Layout& l, const std::int8_t* codes, const void* scale, c
     std::memset(base, 0, static_cast<std::size_t>(l.panel_bytes));
     const std::int64_t first = panel * l.panel_rows;
     const std::int64_t rows = std::min<std::int64_t>(l.panel_rows, l.n - first);
-    for (std::int64_t b = 0; b < l.blocks; ++b) {
+    for (std::int64_t b = 0; b < param_blocks(l); ++b) {
       std::uint8_t* block = base + l.block_offset(b);
       std::uint8_t* params = base + l.param_offset(b);
       const std::int64_t k0 = b * l.block_k;
@@ -116,7 +119,7 @@ void read_panels(const Layout& l, const std::uint8_t* data, std::int64_t begin, 
     const std::uint8_t* base = data + panel * l.panel_bytes;
     const std::int64_t first = panel * l.panel_rows;
     const std::int64_t rows = std::min<std::int64_t>(l.panel_rows, l.n - first);
-    for (std::int64_t b = 0; b < l.blocks; ++b) {
+    for (std::int64_t b = 0; b < param_blocks(l); ++b) {
       const std::uint8_t* params = base + l.param_offset(b);
       const std::int64_t k0 = b * l.block_k;
       const std::int64_t group = l.per_channel ? 0 : k0 / l.group_size;

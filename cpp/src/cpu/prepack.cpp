@@ -35,7 +35,7 @@ Layout layout_of(const PrepackedInfo& info, int panel_rows) {
 bool plausible(const Header& h) {
   const bool bits = h.num_bits == 2 || h.num_bits == 3 || h.num_bits == 4 || h.num_bits == 8;
   const bool dims = h.n >= 0 && h.n < kMaxDim && h.k >= 0 && h.k < kMaxDim && h.groups >= 1 &&
-                    (h.groups == 1 || (h.k % h.groups == 0 && h.k / h.groups % kPadK == 0));
+                    (h.groups == 1 || (h.k >= h.groups && h.k % h.groups == 0 && h.k / h.groups % kPadK == 0));
   return bits && dims && (h.panel_rows == 16 || h.panel_rows == 64) && (h.symmetric == 0 || h.symmetric == 1) &&
          h.scale_dtype >= 0 && h.scale_dtype <= static_cast<std::int32_t>(DType::bf16);
 }

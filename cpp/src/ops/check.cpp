@@ -1,6 +1,10 @@
 #include "ops/check.h"
 
+#include <algorithm>
+#include <atomic>
+
 #include "core/text.h"
+#include "qtale/parallel.h"
 
 namespace qtale::ops {
 
@@ -46,12 +50,27 @@ void check_cpu(std::string_view op, const TensorView& t) {
     fail_input("{}: the tensor is on a CUDA device, but {}; move it to the CPU.", op, cuda_reason());
 }
 
+void check_codes(std::string_view op, const TensorView& codes, int num_bits) {
+  constexpr std::int64_t kGrain = 1 << 20;
+  const auto* data = codes.as<const std::int8_t>();
+  const int half = 1 << (num_bits - 1);
+  std::atomic<bool> outside{false};
+  parallel_for(codes.numel(), kGrain, [&](std::int64_t begin, std::int64_t end) {
+    unsigned seen = 0;
+    for (std::int64_t i = begin; i < end; ++i) seen |= static_cast<unsigned>(data[i] + half);
+    if (seen >> num_bits) outside = true;
+  });
+  if (!outside) return;
+  const auto* bad = std::find_if(data, data + codes.numel(), [&](int code) { return code < -half || code >= half; });
+  fail_input("{}: code {} does not fit {} bits; expected {} to {}.", op, *bad, num_bits, -half, half - 1);
+}
+
 std::int64_t check_params(std::string_view op, std::int64_t out, std::int64_t in, const TensorView& scale,
                           const TensorView* zero_point) {
   check_float(op, "scale", scale);
   check_cpu(op, scale);
   const std::int64_t groups = scale.rank == 2 ? scale.shape[1] : 0;
-  if (scale.rank != 2 || scale.shape[0] != out || groups < 1 || (groups > 1 && in % groups != 0))
+  if (scale.rank != 2 || scale.shape[0] != out || groups < 1 || (groups > 1 && (in == 0 || in % groups != 0)))
     fail_input("{}: scale has shape {}; expected [{}, groups] with groups dividing {}.", op, shape_text(scale), out,
                in);
   check_contiguous(op, "scale", scale);

@@ -20,6 +20,7 @@ void check(const char* op, const TensorView& codes, int num_bits, const TensorVi
 
 void pack(const TensorView& codes, int num_bits, const TensorView& packed) {
   check("pack", codes, num_bits, packed);
+  ops::check_codes("pack", codes, num_bits);
   cpu::pack(codes.as<const std::int8_t>(), codes.shape[0], codes.shape[1], num_bits, packed.as<std::int32_t>());
 }
 

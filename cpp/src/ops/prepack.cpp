@@ -18,7 +18,8 @@ void check_buffer(const char* op, const TensorView& buffer) {
 void check_info(const PrepackedInfo& info) {
   ops::check_bits("prepack", info.num_bits);
   const std::int64_t group = info.groups > 0 ? info.in_features / info.groups : 0;
-  if (info.groups < 1 || (info.groups > 1 && (info.in_features % info.groups != 0 || group % kGroupUnit != 0)))
+  const bool divides = group > 0 && info.in_features % info.groups == 0 && group % kGroupUnit == 0;
+  if (info.groups < 1 || (info.groups > 1 && !divides))
     fail_input("prepack: {} groups over {} inputs give a group_size of {}; use one group per row or a multiple of {}.",
                info.groups, info.in_features, group, kGroupUnit);
 }
@@ -44,6 +45,7 @@ void prepack(const TensorView& codes, const TensorView& scale, const TensorView*
   const std::int64_t bytes = prepacked_bytes(info);
   if (buffer.shape[0] != bytes)
     fail_input("prepack: the buffer has {} bytes; this weight takes {}.", buffer.shape[0], bytes);
+  ops::check_codes(op, codes, num_bits);
   cpu::prepack(info, codes.as<const std::int8_t>(), scale.data,
                zero_point ? zero_point->as<const std::int8_t>() : nullptr, buffer.as<std::uint8_t>());
 }
@@ -59,14 +61,17 @@ void unprepack(const TensorView& buffer, const TensorView& codes, const TensorVi
   const PrepackedInfo info = prepacked_info(buffer);
   ops::check_dtype(op, "codes", codes, DType::s8);
   ops::check_shape(op, "codes", codes, info.out_features, info.in_features);
+  ops::check_cpu(op, codes);
   ops::check_dtype(op, "scale", scale, info.scale_dtype);
   ops::check_shape(op, "scale", scale, info.out_features, info.groups);
+  ops::check_cpu(op, scale);
   if ((zero_point == nullptr) != info.symmetric)
     fail_input("unprepack: the weight is {}symmetric, so it has {} zero points.", info.symmetric ? "" : "a",
                info.symmetric ? "no" : "its");
   if (zero_point != nullptr) {
     ops::check_dtype(op, "zero_point", *zero_point, DType::s8);
     ops::check_shape(op, "zero_point", *zero_point, info.out_features, info.groups);
+    ops::check_cpu(op, *zero_point);
   }
   cpu::unprepack(buffer.as<const std::uint8_t>(), buffer.shape[0], codes.as<std::int8_t>(), scale.data,
                  zero_point ? zero_point->as<std::int8_t>() : nullptr);

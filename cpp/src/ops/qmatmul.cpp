@@ -16,6 +16,7 @@ void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView*
     fail_input("qmatmul: x has {} features; the weight takes {}.", x.shape[1], info.in_features);
   ops::check_dtype(op, "y", y, x.dtype);
   ops::check_shape(op, "y", y, x.shape[0], info.out_features);
+  ops::check_cpu(op, y);
   if (bias != nullptr) {
     ops::check_dtype(op, "bias", *bias, DType::f32);
     ops::check_cpu(op, *bias);

@@ -19,6 +19,7 @@ void quantize(const TensorView& weight, int num_bits, const TensorView& codes, c
   const std::int64_t out = weight.shape[0], in = weight.shape[1];
   ops::check_dtype(op, "codes", codes, DType::s8);
   ops::check_shape(op, "codes", codes, out, in);
+  ops::check_cpu(op, codes);
   const std::int64_t groups = ops::check_params(op, out, in, scale, zero_point);
   cpu::quantize({{weight.data, weight.dtype, weight.strides[0]}, in, in / groups, groups, num_bits,
                  codes.as<std::int8_t>(), scale.data, scale.dtype,
@@ -36,6 +37,7 @@ void dequantize(const TensorView& codes, const TensorView& scale, const TensorVi
   const std::int64_t groups = ops::check_params(op, rows, in, scale, zero_point);
   ops::check_float(op, "out", out);
   ops::check_shape(op, "out", out, rows, in);
+  ops::check_cpu(op, out);
   cpu::dequantize({codes.as<const std::int8_t>(), scale.data, scale.dtype, codes_of(zero_point), in, in / groups,
                    groups, {out.data, out.dtype, in}},
                   rows);
@@ -52,6 +54,7 @@ void fake_quantize(const TensorView& x, const TensorView& scale, const TensorVie
   const std::int64_t groups = ops::check_params(op, rows, in, scale, zero_point);
   ops::check_dtype(op, "out", out, x.dtype);
   ops::check_shape(op, "out", out, rows, in);
+  ops::check_cpu(op, out);
   cpu::fake_quantize({{x.data, x.dtype, x.strides[0]}, scale.data, scale.dtype, codes_of(zero_point), in, in / groups,
                       groups, num_bits, {out.data, out.dtype, in}},
                      rows);
