@@ -60,18 +60,11 @@ def unpack(words: Array, num_bits: int, count: int) -> Array:
 
 def scheme_of(module: str, config: dict[str, Any]) -> dict[str, Any]:
     """The `weights` arguments of a Linear module: exact name first, then `re:` pattern, then class name."""
-    groups = config["config_groups"].values()
-    matches = (
-        lambda target: target == module,
-        lambda target: target.startswith("re:") and re.match(target[3:], module) is not None,
-        lambda target: target == "Linear",
-    )
-    for match in matches:
-        for group in groups:
-            if any(match(target) for target in group["targets"]):
-                weights: dict[str, Any] = group["weights"]
-                return weights
-    raise KeyError(module)
+    weights: dict[str, dict[str, Any]] = {
+        target: group["weights"] for group in config["config_groups"].values() for target in group["targets"]
+    }
+    patterns = [key for key in weights if key.startswith("re:") and re.match(key[3:], module)]
+    return next(weights[key] for key in (module, *patterns, "Linear") if key in weights)
 
 
 @dataclass(frozen=True)

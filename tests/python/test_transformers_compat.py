@@ -57,7 +57,8 @@ def with_oracle_weights(dense: Path, folder: Path) -> LlamaForCausalLM:
 
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(INPUT_IDS).logits
+        logits: torch.Tensor = model(INPUT_IDS).logits
+    return logits
 
 
 def assert_opens_with_equal_logits(folder: Path, dense: Path) -> None:
