@@ -23,7 +23,7 @@ def test_channel_has_one_group() -> None:
 
 
 def test_a_group_that_does_not_divide_names_the_module_and_what_would_do() -> None:
-    with pytest.raises(InputError, match="model.layers.0.x: in_features 576 .* group_size 128.*: 64, 32"):
+    with pytest.raises(InputError, match=r"model\.layers\.0\.x: in_features 576 .* group_size 128.*: 64, 32"):
         QuantSpec(4, 128).resolve("model.layers.0.x", 576)
     with pytest.raises(InputError, match="none of 32, 64, 128; use 'channel'"):
         QuantSpec(4, 32).resolve("m", 172)
