@@ -60,8 +60,8 @@ void register_ops(py::module_& module) {
   module.def(
       "unpack", [](const Memory& packed, int bits, const Memory& codes) { unpack(view(packed), bits, view(codes)); },
       Release());
-  module.def("prepacked_bytes", [](std::int64_t out, std::int64_t in, std::int64_t groups, int num_bits,
-                                   bool symmetric, const std::string& scale_dtype) {
+  module.def("prepacked_bytes", [](std::int64_t out, std::int64_t in, std::int64_t groups, int num_bits, bool symmetric,
+                                   const std::string& scale_dtype) {
     return prepacked_bytes(make_info(out, in, groups, num_bits, symmetric, scale_dtype));
   });
   module.def(

@@ -13,8 +13,7 @@
 
 namespace qtale::bindings {
 
-using Memory =
-    std::tuple<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>, int>;
+using Memory = std::tuple<std::uintptr_t, std::string, std::vector<std::int64_t>, std::vector<std::int64_t>, int>;
 
 DType dtype_from_name(const std::string& name);
 TensorView view(const Memory& memory);

@@ -10,7 +10,9 @@ namespace qtale {
 // How qmatmul multiplies.
 //   int8:  activations are rounded to 8 bits per row and group of 128 inputs:
 //          |y - y_exact| <= sum_k |w_k| * s(k) / 2 with s = amax(group) / 127, plus float32 rounding.
-//   float: activations as they are, products summed in float32.
+//   float: activations as they are, products of unsigned codes summed in float32:
+//          |y - y_exact| <= (in + 8) * 2^-24 * sum_k (|code_k| + |zero_point| + 2^b) * scale * max(|x_k|, 2^-96).
+// Rounding to the dtype of y comes on top.
 enum class Compute : std::uint8_t { int8, floating };
 
 // Round to nearest, ties to even: codes[o,i] in [-2^(b-1), 2^(b-1)-1], weight ~ (code - zero_point) * scale.

@@ -20,8 +20,8 @@ namespace qtale {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kSpins = 4000;            // some tens of microseconds: the gap between two layers of one model
-constexpr std::int64_t kChunks = 4;     // ranges per thread, so that a thread the host delays does not hold up the rest
+constexpr int kSpins = 4000;         // some tens of microseconds: the gap between two layers of one model
+constexpr std::int64_t kChunks = 4;  // ranges per thread, so that a thread the host delays does not hold up the rest
 thread_local bool inside_range = false;
 
 void relax() {

@@ -17,9 +17,7 @@ bool TensorView::is_contiguous() const {
   return true;
 }
 
-TensorView TensorView::vector(void* data, DType dtype, std::int64_t size) {
-  return {data, dtype, 1, {size}, {1}, {}};
-}
+TensorView TensorView::vector(void* data, DType dtype, std::int64_t size) { return {data, dtype, 1, {size}, {1}, {}}; }
 
 TensorView TensorView::matrix(void* data, DType dtype, std::int64_t rows, std::int64_t cols) {
   return {data, dtype, 2, {rows, cols}, {cols, 1}, {}};

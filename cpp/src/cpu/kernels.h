@@ -27,8 +27,8 @@ struct QuantizeArgs {
   std::int64_t group_size;  // in_features for per channel
   std::int64_t groups;
   int num_bits;
-  std::int8_t* codes;       // [rows, in_features]
-  void* scale;              // [rows, groups]
+  std::int8_t* codes;  // [rows, in_features]
+  void* scale;         // [rows, groups]
   DType scale_dtype;
   std::int8_t* zero_point;  // [rows, groups] or nullptr
 };

@@ -65,8 +65,7 @@ void prepare_float(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
   auto* out = reinterpret_cast<float*>(a.workspace);
   for (std::int64_t m = begin; m < end; ++m)
     for (std::int64_t k = 0; k < a.layout->k_padded; ++k)
-      out[m * a.layout->k_padded + k] =
-          k < a.layout->k ? load_scalar(a.x.data, a.x.dtype, m * a.x.stride + k) : 0.0f;
+      out[m * a.layout->k_padded + k] = k < a.layout->k ? load_scalar(a.x.data, a.x.dtype, m * a.x.stride + k) : 0.0f;
 }
 
 void run_float(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,

@@ -29,9 +29,7 @@ void store(void* data, DType dtype, std::int64_t at, float value) {
 
 float load_scale(const void* scale, DType dtype, std::int64_t at) { return load({scale, dtype, 0}, 0, at); }
 
-float epsilon(DType dtype) {
-  return dtype == DType::f16 ? 0x1p-10f : dtype == DType::bf16 ? 0x1p-7f : FLT_EPSILON;
-}
+float epsilon(DType dtype) { return dtype == DType::f16 ? 0x1p-10f : dtype == DType::bf16 ? 0x1p-7f : FLT_EPSILON; }
 
 // Stores a scale and returns it as stored; one that rounds to nothing codes its whole group as zeros.
 float store_scale(void* scale, DType dtype, std::int64_t at, float wanted) {
@@ -107,7 +105,7 @@ std::size_t no_workspace(const Layout&, std::int64_t) { return 0; }
 void no_prepare(const MatmulArgs&, std::int64_t, std::int64_t) {}
 
 struct Weight {
-  int code;       // code - zero_point
+  int code;  // code - zero_point
   float scale;
 };
 

@@ -16,8 +16,7 @@ void check_dtype(std::string_view op, std::string_view name, const TensorView& t
 void check_float(std::string_view op, std::string_view name, const TensorView& t);
 // A matrix whose rows are contiguous; rows themselves may be apart (strides[1] == 1).
 void check_matrix(std::string_view op, std::string_view name, const TensorView& t);
-void check_shape(std::string_view op, std::string_view name, const TensorView& t, std::int64_t rows,
-                 std::int64_t cols);
+void check_shape(std::string_view op, std::string_view name, const TensorView& t, std::int64_t rows, std::int64_t cols);
 void check_contiguous(std::string_view op, std::string_view name, const TensorView& t);
 void check_cpu(std::string_view op, const TensorView& t);
 // Contiguous int8 codes on the CPU, all in [-2^(b-1), 2^(b-1)-1].

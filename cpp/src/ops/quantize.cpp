@@ -21,8 +21,8 @@ void quantize(const TensorView& weight, int num_bits, const TensorView& codes, c
   ops::check_shape(op, "codes", codes, out, in);
   ops::check_cpu(op, codes);
   const std::int64_t groups = ops::check_params(op, out, in, scale, zero_point);
-  cpu::quantize({{weight.data, weight.dtype, weight.strides[0]}, in, in / groups, groups, num_bits,
-                 codes.as<std::int8_t>(), scale.data, scale.dtype,
+  const cpu::RowsIn input{weight.data, weight.dtype, weight.strides[0]};
+  cpu::quantize({input, in, in / groups, groups, num_bits, codes.as<std::int8_t>(), scale.data, scale.dtype,
                  zero_point ? zero_point->as<std::int8_t>() : nullptr},
                 out);
 }
@@ -38,9 +38,10 @@ void dequantize(const TensorView& codes, const TensorView& scale, const TensorVi
   ops::check_float(op, "out", out);
   ops::check_shape(op, "out", out, rows, in);
   ops::check_cpu(op, out);
-  cpu::dequantize({codes.as<const std::int8_t>(), scale.data, scale.dtype, codes_of(zero_point), in, in / groups,
-                   groups, {out.data, out.dtype, in}},
-                  rows);
+  const cpu::RowsOut output{out.data, out.dtype, in};
+  cpu::dequantize(
+      {codes.as<const std::int8_t>(), scale.data, scale.dtype, codes_of(zero_point), in, in / groups, groups, output},
+      rows);
 }
 
 void fake_quantize(const TensorView& x, const TensorView& scale, const TensorView* zero_point, int num_bits,
@@ -55,8 +56,9 @@ void fake_quantize(const TensorView& x, const TensorView& scale, const TensorVie
   ops::check_dtype(op, "out", out, x.dtype);
   ops::check_shape(op, "out", out, rows, in);
   ops::check_cpu(op, out);
-  cpu::fake_quantize({{x.data, x.dtype, x.strides[0]}, scale.data, scale.dtype, codes_of(zero_point), in, in / groups,
-                      groups, num_bits, {out.data, out.dtype, in}},
+  const cpu::RowsIn input{x.data, x.dtype, x.strides[0]};
+  const cpu::RowsOut output{out.data, out.dtype, in};
+  cpu::fake_quantize({input, scale.data, scale.dtype, codes_of(zero_point), in, in / groups, groups, num_bits, output},
                      rows);
 }
 
