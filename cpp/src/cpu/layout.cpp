@@ -25,15 +25,17 @@ void for_each_piece(const Layout& l, std::int64_t row, std::int64_t k, Fn&& fn) 
     case 2: return fn(k / 16 * step_bytes + lane, static_cast<int>(k / 4 % 4 * 2), 2, 0);
     default: break;
   }
-  const int field = static_cast<int>(k / 4 % 4);
   if (l.panel_rows == 64) {
+    const int field = static_cast<int>(k / 4 % 4);
     const std::int64_t step = k / 16 * (step_bytes + step_bytes / 2);
     fn(step + lane, field * 2, 2, 0);
     return fn(step + step_bytes + field * step_bytes / 8 + lane / 8, static_cast<int>(lane % 8), 1, 2);
   }
-  const std::int64_t step = k / 32 * 3 * step_bytes;
-  fn(step + k / 16 % 2 * step_bytes + lane, field * 2, 2, 0);
-  fn(step + 2 * step_bytes + lane, static_cast<int>(k / 4 % 8), 1, 2);
+  const std::int64_t at = k / 32 * 3 * step_bytes + lane;
+  const std::int64_t quad = k / 4 % 8;
+  if (quad < 6) return fn(at + quad / 2 * step_bytes, static_cast<int>(quad % 2 * 3), 3, 0);
+  fn(at + (quad - 6) * step_bytes, 6, 2, 0);
+  fn(at + 2 * step_bytes, static_cast<int>(quad), 1, 2);
 }
 
 // A matrix without inputs has no blocks, but one scale per row all the same.

@@ -9,7 +9,9 @@
 //   2 bits: [k/16][R][4] bytes; field f (bits 2f, 2f+1) is k = 16s + 4f + j, value code + 2.
 //   3 bits, value code + 4, R = 64: per 16 k the two low bits as above, then 4 fields x R*4 bits: bit 4r + j of
 //           field f is the high bit of k = 16s + 4f + j.
-//   3 bits, R = 16: per 32 k two steps of low bits, then [R][4] bytes whose bit i is the high bit of k = 32s + 4i + j.
+//   3 bits, R = 16: per 32 k three lines [R][4]. Line t holds k = 32s + 8t + j in its bits 0-2 and 4 later in bits 3-5.
+//           Bits 6-7 of lines 0 and 1 are the low bits of k = 32s + 24 + j and 32s + 28 + j; their high bits are bits 6
+//           and 7 of line 2. Six of eight registers then unpack with a shift and a mask.
 #pragma once
 
 #include <cstddef>
