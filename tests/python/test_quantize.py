@@ -23,6 +23,7 @@ from qtale.checkpoint.index import INDEX_FILE
 from qtale.checkpoint.writer import ShardWriter
 from qtale.format import packed_modules, read_module
 from qtale.ptq.pipeline import quantize
+from qtale.ptq.plan import PROCESS_BYTES
 
 LAYER = "model.layers.0"
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -83,7 +84,8 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group: int, symmetric: boo
     if not symmetric:
         zero = (low - (least / scale).round()).clamp(low, high)
     codes = ((rows / scale).round() + zero).clamp(low, high)
-    return ((codes - zero) * scale).reshape(weight.shape)
+    restored: torch.Tensor = ((codes - zero) * scale).reshape(weight.shape)
+    return restored
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -297,3 +299,24 @@ def test_a_dry_run_tells_exact_sizes_without_torch_and_writes_nothing(sharded: P
 def test_a_dry_run_still_refuses_an_existing_output(tiny: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
         quantize(tiny, tiny, dry_run=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_is_that_of_the_largest_matrix_not_of_the_model(tmp_path: Path) -> None:
+    embedding, matrix = torch.zeros(2**17, 512), torch.randn(2048, 4096)
+    shapes = {f"model.layers.{i}.mlp.down_proj.weight": matrix.clone() for i in range(3)}
+    model = make_tiny(tmp_path / "m", **shapes, **{"model.embed_tokens.weight": embedding})
+    code = (
+        "import re, pathlib, torch, qtale, qtale.torch_ops\n"
+        # Unlike ru_maxrss, this does not begin at the parent's size.
+        "status = pathlib.Path('/proc/self/status')\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text()).group(1)) * 1024\n"
+        "start = peak()\n"
+        f"report = qtale.quantize({str(model)!r}, {str(tmp_path / 'out')!r}, qtale.QuantSpec(8), progress=False)\n"
+        "print(peak() - start, report.peak_bytes, report.bytes_before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, estimate, model_bytes = map(int, done.stdout.split())
+    assert model_bytes > 300 << 20
+    # The matrix alone has 32 MiB.
+    assert 32 << 20 < grown < estimate - PROCESS_BYTES + (48 << 20) < 160 << 20

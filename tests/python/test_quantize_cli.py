@@ -95,3 +95,5 @@ def test_demo_means_the_demo_model(
     monkeypatch.setattr("qtale.demo.model", lambda: Path(stories))
     assert main(["quantize", "demo", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == stories
+    assert main(["inspect", "demo", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == stories

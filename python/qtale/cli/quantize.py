@@ -8,7 +8,6 @@ import os
 import sys
 
 from qtale.errors import InputError
-from qtale.spec import QuantSpec
 
 NAME = "quantize"
 HELP = "write a quantized copy of a model as an ordinary HuggingFace folder"
@@ -34,25 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and print the report; returns 0."""
+    from qtale.integrations.scoring_model import model_folder, spec_of
     from qtale.ptq.pipeline import quantize
     from qtale.report.quantize import render
 
-    spec = QuantSpec(args.bits, _group_size(args.group_size), args.symmetric)
+    spec = spec_of(args.bits, args.group_size, args.symmetric)
     if args.output is None and not args.dry_run:
         raise InputError("quantize: no output folder is given; add -o OUT, or --dry-run to see what would be done.")
     progress = sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    report = quantize(_model(args.model), args.output, spec, dry_run=args.dry_run, progress=progress)
+    report = quantize(model_folder(args.model), args.output, spec, dry_run=args.dry_run, progress=progress)
     print(json.dumps(report.to_json()) if args.json else render(report, args.all))
     return 0
-
-
-def _model(name: str) -> str:
-    if name != "demo":
-        return name
-    from qtale import demo
-
-    return str(demo.model())
-
-
-def _group_size(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text

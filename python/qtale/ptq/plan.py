@@ -19,7 +19,7 @@ from qtale.spec import QuantSpec, ResolvedSpec
 # Resident size of Python with torch and qtale loaded, which comes on top of what the weights take.
 PROCESS_BYTES = 320 << 20
 # Rows are compared with the original in pieces of this many weights, in float32.
-ERROR_CHUNK = 4 << 20
+ERROR_CHUNK = 1 << 20
 
 Overrides = Mapping[str, QuantSpec | None]
 
