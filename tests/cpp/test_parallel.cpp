@@ -1,0 +1,168 @@
+// The thread pool: ranges, exceptions, nesting, concurrent callers, resizing and forks.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+
+#include "catch.h"
+#include "support.h"
+
+namespace qtale::test {
+namespace {
+
+using Range = std::pair<std::int64_t, std::int64_t>;
+
+std::vector<Range> ranges_of(std::int64_t size, std::int64_t grain) {
+  std::mutex mutex;
+  std::vector<Range> out;
+  parallel_for(size, grain, [&](std::int64_t begin, std::int64_t end) {
+    const std::lock_guard lock(mutex);
+    out.emplace_back(begin, end);
+  });
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+std::int64_t parallel_sum(std::int64_t size) {
+  std::atomic<std::int64_t> sum{0};
+  parallel_for(size, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) sum += i;
+  });
+  return sum;
+}
+
+// Runs fn in a forked child that is killed when it hangs; its exit status.
+template <class Fn>
+int status_of_child(Fn&& fn) {
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    _exit(fn() ? 0 : 1);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  return status;
+}
+
+}  // namespace
+
+TEST_CASE("parallel_for: ranges are disjoint, cover everything and respect the grain") {
+  for (const int threads : {1, 2, 3, 8}) {
+    const ThreadScope scope(threads);
+    for (const std::int64_t size : {0, 1, 2, 3, 7, 64, 1000, 1001}) {
+      for (const std::int64_t grain : {-1, 0, 1, 5, 64, 1000, 5000}) {
+        INFO(threads << " threads, " << size << " by " << grain);
+        std::int64_t next = 0;
+        for (const auto& [begin, end] : ranges_of(size, grain)) {
+          CHECK(begin == next);
+          CHECK(begin < end);
+          if (end != size) CHECK(end - begin >= grain);
+          next = end;
+        }
+        CHECK(next == size);
+      }
+    }
+  }
+}
+
+TEST_CASE("parallel_for: several threads take part") {
+  const ThreadScope scope(2);
+  std::mutex mutex;
+  std::vector<std::thread::id> seen;
+  // The first range waits until another thread has taken one, so that this cannot pass by accident nor fail by speed.
+  std::atomic<int> started{0};
+  parallel_for(2, 1, [&](std::int64_t, std::int64_t) {
+    ++started;
+    while (started < 2) std::this_thread::yield();
+    const std::lock_guard lock(mutex);
+    seen.push_back(std::this_thread::get_id());
+  });
+  REQUIRE(seen.size() == 2);
+  CHECK(seen[0] != seen[1]);
+}
+
+TEST_CASE("parallel_for: the exception of a range reaches the caller and the pool lives on") {
+  const ThreadScope scope(3);
+  for (int turn = 0; turn < 100; ++turn) {
+    const auto fail_at = [&](std::int64_t begin, std::int64_t end) {
+      if (begin <= turn && turn < end) throw std::out_of_range("range " + std::to_string(turn));
+    };
+    CHECK_THROWS_AS(parallel_for(100, 1, fail_at), std::out_of_range);
+    CHECK(parallel_sum(100) == 4950);
+  }
+}
+
+TEST_CASE("parallel_for: a nested call runs on its caller") {
+  const ThreadScope scope(2);
+  std::atomic<std::int64_t> sum{0};
+  std::atomic<int> strangers{0};
+  parallel_for(8, 1, [&](std::int64_t begin, std::int64_t end) {
+    const auto me = std::this_thread::get_id();
+    for (std::int64_t i = begin; i < end; ++i)
+      parallel_for(100, 1, [&](std::int64_t first, std::int64_t last) {
+        strangers += std::this_thread::get_id() != me;
+        sum += last - first;
+      });
+  });
+  CHECK(sum == 800);
+  CHECK(strangers == 0);
+  CHECK(ranges_of(1000, 1).size() > 1);  // and the caller may use the pool again
+}
+
+TEST_CASE("parallel_for: concurrent callers all finish, while threads come and go") {
+  const ThreadScope scope(3);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller)
+    callers.emplace_back([&wrong, caller] {
+      for (int turn = 0; turn < 200; ++turn) {
+        if (caller == 0 && turn % 20 == 0) set_num_threads(1 + turn / 20 % 4);
+        wrong += parallel_sum(257) != 257 * 256 / 2;
+      }
+    });
+  for (auto& caller : callers) caller.join();
+  CHECK(wrong == 0);
+}
+
+TEST_CASE("parallel_for: sleeping workers wake up") {
+  const ThreadScope scope(2);
+  for (int turn = 0; turn < 5; ++turn) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    CHECK(parallel_sum(1000) == 499500);
+  }
+}
+
+TEST_CASE("set_num_threads: takes 1 to 1024 and says so") {
+  const int before = num_threads();
+  for (const int count : {0, -1, 1025}) {
+    const std::string message = input_error_of([&] { set_num_threads(count); });
+    CHECK(message.find("set_num_threads: " + std::to_string(count)) == 0);
+    CHECK(num_threads() == before);
+  }
+  const ThreadScope scope(5);
+  CHECK(num_threads() == 5);
+}
+
+TEST_CASE("parallel_for: works in a forked child and afterwards in its parent") {
+  const ThreadScope scope(2);
+  CHECK(parallel_sum(1000) == 499500);
+  CHECK(status_of_child([] { return parallel_sum(1000) == 499500; }) == 0);
+  CHECK(parallel_sum(1000) == 499500);
+}
+
+TEST_CASE("parallel_for: a fork in the middle of other threads' work does not hang the child") {
+  const ThreadScope scope(2);
+  std::atomic<bool> stop{false};
+  std::thread busy([&] {
+    while (!stop) parallel_sum(100000);
+  });
+  for (int turn = 0; turn < 10; ++turn) CHECK(status_of_child([] { return parallel_sum(1000) == 499500; }) == 0);
+  stop = true;
+  busy.join();
+}
+
+}  // namespace qtale::test
