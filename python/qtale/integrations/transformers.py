@@ -1,0 +1,260 @@
+"""Quantized folders as ordinary transformers models whose Linears are qtale's, and models quantized in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtale import names
+from qtale.checkpoint.folder import ModelFolder, open_folder
+from qtale.errors import CheckpointError, InputError, UnsupportedError
+from qtale.format.config import build_config
+from qtale.format.tensors import PackedModule, packed_modules, read_module
+from qtale.spec import QuantSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_DTYPES = ("float32", "float16", "bfloat16")
+# What transformers raises for a config that it does not know or cannot build.
+_BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, OSError)
+
+
+def load_torch(
+    path: str | Path,
+    *,
+    compute: str = "int8",
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """An ordinary transformers causal language model with :class:`qtale.nn.QLinear` in the place of packed Linears.
+
+    ``path`` is a folder or hub name in compressed-tensors ``pack-quantized`` form, or a dense one, which loads as it
+    is. ``compute`` is the mode of the QLinears. ``dtype`` is that of activations and of everything that is not packed:
+    a torch dtype or its name, by default the one that the folder was stored in; float32 is the most exact and on most
+    CPUs the fastest. One tensor is read at a time, so memory peaks at about the size of the model.
+
+    The model is in eval mode, works in ``generate`` and pipelines, passes gradients to its inputs, and
+    ``save_pretrained`` writes a compressed-tensors folder again. Raises CheckpointError for broken folders,
+    UnsupportedError for what transformers has no causal language model for and for devices other than the CPU.
+    """
+    if device != "cpu":
+        raise UnsupportedError(f"load_torch: device {device!r} is not supported; this version computes on 'cpu'.")
+    if compute not in ("int8", "float"):
+        raise InputError(f"load_torch: compute {compute!r} is not a mode; use 'int8' or 'float'.")
+    folder = open_folder(path)
+    packed = packed_modules(folder)
+    if not packed:
+        return _load_dense(folder, dtype)
+    model = _build(folder, _chosen_dtype(folder, dtype))
+    _insert_packed(model, folder, packed, compute)
+    _read_dense_tensors(model, folder, packed)
+    model.tie_weights()
+    _check_complete(model, folder)
+    model.config.quantization_config = dict(folder.config["quantization_config"])
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class InPlaceReport:
+    """What :func:`quantize_model_` did. ``bytes_before`` and ``bytes_after`` count all parameters of the model.
+
+    ``bits_per_weight`` is over the quantized layers, scales and zero points included.
+    """
+
+    modules: tuple[str, ...]
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize_model_(
+    model: PreTrainedModel, spec: QuantSpec | None = None, *, compute: str = "int8", progress: bool = True
+) -> InPlaceReport:
+    """Quantize the Linears of a model's decoder blocks in place, by rounding to nearest; the head stays as it is.
+
+    The layers are those that :func:`qtale.quantize` would take, with the same codes. Raises InputError for weights that
+    cannot be quantized (the model then keeps what was done so far) and UnsupportedError where nothing qualifies.
+    """
+    from tqdm.auto import tqdm
+
+    from qtale.nn import QLinear, linear_names, replace
+
+    spec = spec or QuantSpec()
+    linears = {name: model.get_submodule(name) for name in linear_names(model)}
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    chosen = [name for name, shape in shapes.items() if names.role(f"{name}.weight", shape) == names.LINEAR]
+    if not chosen:
+        raise UnsupportedError(
+            f"quantize: {type(model).__name__} has no Linear layers inside decoder blocks that qtale knows by name."
+        )
+    specs = {name: spec.resolve(name, shapes[name][1]) for name in chosen}
+    del linears
+    before = _parameter_bytes(model)
+    with tqdm(total=len(chosen), desc="quantizing", unit="layer", disable=not progress) as bar:
+
+        def make(name: str, linear: nn.Linear) -> nn.Module:
+            bar.update()
+            return QLinear.from_linear(linear, specs[name], name=name, compute=compute)
+
+        replace(model, chosen, make)
+    packed = sum(_packed_bytes(model.get_submodule(name)) for name in chosen)
+    weights = sum(out * in_features for out, in_features in (shapes[name] for name in chosen))
+    model.config.quantization_config = build_config(specs, _ignored(model))
+    return InPlaceReport(tuple(chosen), 8 * packed / weights, before, _parameter_bytes(model) + packed)
+
+
+def _ignored(model: nn.Module) -> list[str]:
+    from qtale.nn import linear_names
+
+    return linear_names(model)
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _packed_bytes(layer: Any) -> int:
+    from qtale.nn.packed import packed_shapes
+
+    shapes = packed_shapes((layer.out_features, layer.in_features), layer.spec, layer.scale_dtype)
+    return sum(tensor.numel() * tensor.element_size() for tensor in shapes.values())
+
+
+def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InputError(f"load_torch: dtype {dtype!r} is not supported; use {', '.join(_DTYPES)}.")
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def _chosen_dtype(folder: ModelFolder, dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is not None and dtype != "auto":
+        return _torch_dtype(dtype)
+    stored = folder.config.get("dtype") or folder.config.get("torch_dtype")
+    return _torch_dtype(stored if stored in _DTYPES else "float32")
+
+
+def _config(folder: ModelFolder) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    except _BUILD_ERRORS as error:
+        raise UnsupportedError(f"{folder.path}: transformers cannot use its config.json: {_first(error)}") from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedError(
+            f"{folder.path}: transformers has no causal language model of type {config.model_type!r}; "
+            "load_torch takes decoder models such as Llama, Mistral, Qwen or Phi."
+        )
+    return config
+
+
+def _load_dense(folder: ModelFolder, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config, chosen = _config(folder), _chosen_dtype(folder, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder.path, config=config, dtype=chosen, use_safetensors=True, local_files_only=True
+        )
+    except _BUILD_ERRORS as error:
+        raise CheckpointError(f"{folder.path}: transformers cannot load it: {_first(error)}") from error
+    return model
+
+
+def _build(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device; buffers, which no file holds, are computed as usual."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = _config(folder)
+    # transformers must not start its own decompression; the caller puts the entry back.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if (folder.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder.path)
+    except _BUILD_ERRORS as error:
+        raise UnsupportedError(f"{folder.path}: transformers cannot build its model: {_first(error)}") from error
+    model.name_or_path = model.config.name_or_path = str(folder.path)
+    return model
+
+
+def _insert_packed(model: PreTrainedModel, folder: ModelFolder, packed: dict[str, PackedModule], compute: str) -> None:
+    from tqdm.auto import tqdm
+
+    from qtale.nn import QLinear, replace
+
+    def make(name: str, linear: nn.Linear) -> nn.Module:
+        module = packed[name]
+        if (linear.out_features, linear.in_features) != (module.out_features, module.in_features):
+            raise CheckpointError(
+                f"{folder.path}: {name} holds [{module.out_features}, {module.in_features}], but the model of "
+                f"config.json has [{linear.out_features}, {linear.in_features}] there."
+            )
+        codes, scale, zero_point = read_module(folder, module)
+        bias = f"{name}.bias" if linear.bias is not None else None
+        values = folder.torch(bias).to(model.dtype) if bias else None
+        layer = QLinear.from_tensors(
+            codes, scale, zero_point, num_bits=module.spec.num_bits, bias=values, compute=compute
+        )
+        bar.update()
+        return layer
+
+    ordered = sorted(packed, key=lambda name: folder.shard_of(f"{name}.weight_packed").path.name)
+    with tqdm(total=len(packed), desc="loading", unit="layer", leave=False) as bar:
+        try:
+            replace(model, ordered, make)
+        except InputError as error:
+            raise UnsupportedError(f"{folder.path}: its packed tensors do not fit the model: {error}") from error
+
+
+def _read_dense_tensors(model: PreTrainedModel, folder: ModelFolder, packed: dict[str, PackedModule]) -> None:
+    targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for shard in folder.shards:
+        for name in shard.tensors:
+            if names.module_of(name) in packed:
+                continue
+            if name not in targets:
+                raise UnsupportedError(
+                    f"{folder.path}: tensor {name!r} has no place in transformers' {type(model).__name__}."
+                )
+            _assign(model, name, targets[name], folder)
+
+
+def _assign(model: PreTrainedModel, name: str, target: torch.Tensor, folder: ModelFolder) -> None:
+    import torch
+
+    value = folder.torch(name)
+    if value.shape != target.shape:
+        raise CheckpointError(
+            f"{folder.path}: {name} has shape {list(value.shape)}, but config.json asks for {list(target.shape)}."
+        )
+    parent, _, leaf = name.rpartition(".")
+    value = value.to(target.dtype)
+    setattr(
+        model.get_submodule(parent),
+        leaf,
+        torch.nn.Parameter(value, value.is_floating_point()) if isinstance(target, torch.nn.Parameter) else value,
+    )
+
+
+def _check_complete(model: PreTrainedModel, folder: ModelFolder) -> None:
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"{folder.path}: lacks the tensors {', '.join(missing[:3])}{more}.")
+
+
+def _first(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
