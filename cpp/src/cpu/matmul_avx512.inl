@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kVecs = 4;       // registers of 16 rows
 constexpr int kTile = 6;       // activation rows: 24 accumulators leave room for the weights
-constexpr int kPrefetch = 4096;
 
 
 QTALE_INLINE __m512i load_line(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -99,15 +98,22 @@ struct TileIn {
   const std::int8_t* codes;
   const float* scales;
   const std::int32_t* sums;
+  Prefetch prefetch;
 };
+
+template <int Bytes>
+QTALE_INLINE void prefetch_step(const std::uint8_t* w, Prefetch prefetch) {
+  unroll<Bytes / 64>([&](auto line) QTALE_INLINE_LAMBDA {
+    const std::int64_t ahead = line < Bytes / 128 ? prefetch.low : prefetch.high;
+    _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * line, _MM_HINT_T0);
+  });
+}
 
 template <int Bits, int M>
 QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a,
-                                std::int64_t lda) {
+                                std::int64_t lda, Prefetch prefetch) {
   using C = Codes<Bits>;
-  unroll<C::kBytes / 64>([&](auto line) QTALE_INLINE_LAMBDA {
-    _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetch + 64 * line, _MM_HINT_T0);
-  });
+  prefetch_step<C::kBytes>(w, prefetch);
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
     __m512i code[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { code[p] = C::template get<field>(w, p); });
@@ -164,14 +170,14 @@ QTALE_INLINE void flush(const __m512i (&acc)[M][kVecs], const std::uint8_t* scal
 // scale serves the whole row, once at the end of it (kFromZero): zeroing a register is free, filling one is not.
 template <int Bits, int M, bool kFromZero>
 QTALE_INLINE void multiply_block(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda,
-                           std::int64_t steps, const std::int32_t* sums, std::int64_t ld_sums) {
+                           std::int64_t steps, const std::int32_t* sums, std::int64_t ld_sums, Prefetch prefetch) {
   using C = Codes<Bits>;
   unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
     const __m512i start = kFromZero ? _mm512_setzero_si512() : _mm512_set1_epi32(-C::kOffset * sums[m * ld_sums]);
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { acc[m][p] = start; });
   });
 #pragma GCC unroll 1
-  for (; steps > 0; --steps, w += C::kBytes, a += C::kInputs) multiply_step<Bits, M>(acc, w, a, lda);
+  for (; steps > 0; --steps, w += C::kBytes, a += C::kInputs) multiply_step<Bits, M>(acc, w, a, lda, prefetch);
   // Else g++ 12 carries the output tile around this loop in spilled registers, or spills the sums inside it.
   asm volatile("" ::: "memory");
   unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
@@ -184,7 +190,7 @@ template <int Bits, int M>
 __attribute__((noipa)) void tile_grouped(const Layout& l, const std::uint8_t* panel, const TileIn in, const Span span,
                                          float* out) {
   alignas(64) float part[M * kRows];
-  const std::int64_t per_group = kActGroup / l.block_k, steps = l.block_k / Codes<Bits>::kInputs;
+  const std::int64_t per_group = kActGroup >> __builtin_ctzll(static_cast<std::uint64_t>(l.block_k)), steps = l.block_k / Codes<Bits>::kInputs;
   const std::int64_t stop = min64(span.end * per_group, l.blocks);
   std::int64_t b = span.begin * per_group;
   const std::uint8_t* w = panel + l.block_offset(b);
@@ -195,7 +201,7 @@ __attribute__((noipa)) void tile_grouped(const Layout& l, const std::uint8_t* pa
     for (std::int64_t i = 0; i < count; ++i, ++b) {
       __m512i acc[M][kVecs];
       const std::int32_t* sums = in.sums + b;
-      multiply_block<Bits, M, false>(acc, w, in.codes + b * l.block_k, l.k_padded, steps, sums, l.blocks);
+      multiply_block<Bits, M, false>(acc, w, in.codes + b * l.block_k, l.k_padded, steps, sums, l.blocks, in.prefetch);
       const std::uint8_t* params = w + l.code_bytes;
       if (!l.symmetric) subtract_zero_points<M>(acc, params + l.scale_bytes, sums, l.blocks);
       if (i == 0 && count == 1) {
@@ -220,7 +226,7 @@ __attribute__((noipa)) void tile_channel(const Layout& l, const std::uint8_t* pa
     __m512i acc[M][kVecs];
     const std::int64_t k = g * kActGroup, size = min64(l.k_padded - k, kActGroup);
     multiply_block<Bits, M, true>(acc, panel + l.block_offset(g), in.codes + k, l.k_padded,
-                                  size / Codes<Bits>::kInputs, nullptr, 0);
+                                  size / Codes<Bits>::kInputs, nullptr, 0, in.prefetch);
     flush<Flush::channel, M>(acc, nullptr, l.scale_dtype, in.scales + g, l.act_groups, nullptr, keep_of(g), out);
   }
 }
@@ -249,8 +255,9 @@ void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
               std::int64_t row_end) {
   const Layout& l = *a.layout;
   const Int8Rows acts(l, a.rows, a.workspace);
-  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span span, float* out) {
-    const TileIn in{acts.codes + m * l.k_padded, acts.scales + m * l.act_groups, acts.sums + m * l.blocks};
+  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span span, Prefetch prefetch,
+                        float* out) {
+    const TileIn in{acts.codes + m * l.k_padded, acts.scales + m * l.act_groups, acts.sums + m * l.blocks, prefetch};
     pick_tile(l, rows)(l, a.panels + panel * l.panel_bytes, in, span, out);
   };
   const auto finish = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, float* out) {

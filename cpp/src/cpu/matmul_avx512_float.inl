@@ -31,11 +31,9 @@ QTALE_INLINE __m512 code_values(__m512i line) {
 
 template <int Bits, int M>
 QTALE_INLINE void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x,
-                                      std::int64_t ldx) {
+                                      std::int64_t ldx, Prefetch prefetch) {
   using C = Codes<Bits>;
-  unroll<C::kBytes / 64>([&](auto line) QTALE_INLINE_LAMBDA {
-    _mm_prefetch(reinterpret_cast<const char*>(w) + kPrefetch + 64 * line, _MM_HINT_T0);
-  });
+  prefetch_step<C::kBytes>(w, prefetch);
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
     __m512i line[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
@@ -78,7 +76,7 @@ void prepare_float_positions(const MatmulArgs& a, std::int64_t begin, std::int64
 // Adds M rows times blocks [begin, end) of one panel to out [M][64].
 template <int Bits, int M>
 __attribute__((noipa)) void tile_float(const Layout& l, const std::uint8_t* panel, const float* x, const float* sums,
-                                       const Span blocks, float* out) {
+                                       const Span blocks, const Prefetch prefetch, float* out) {
   using C = Codes<Bits>;
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
     const std::uint8_t* w = panel + l.block_offset(b);
@@ -90,7 +88,7 @@ __attribute__((noipa)) void tile_float(const Layout& l, const std::uint8_t* pane
     });
 #pragma GCC unroll 1
     for (std::int64_t s = 0; s < steps; ++s, w += C::kBytes, a += C::kInputs)
-      multiply_step_float<Bits, M>(acc, w, a, l.k_padded);
+      multiply_step_float<Bits, M>(acc, w, a, l.k_padded, prefetch);
     asm volatile("" ::: "memory");  // as in multiply_block
     unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
       unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { asm volatile("" : "+v"(acc[m][p])); });
@@ -110,7 +108,7 @@ __attribute__((noipa)) void tile_float(const Layout& l, const std::uint8_t* pane
   }
 }
 
-using FloatTileFn = void (*)(const Layout&, const std::uint8_t*, const float*, const float*, Span, float*);
+using FloatTileFn = void (*)(const Layout&, const std::uint8_t*, const float*, const float*, Span, Prefetch, float*);
 
 template <int Bits>
 FloatTileFn float_tile_of_rows(std::int64_t rows) {
@@ -132,9 +130,10 @@ void run_float(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel
                std::int64_t row_end) {
   const Layout& l = *a.layout;
   const FloatRows acts(l, a.rows, a.workspace);
-  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span blocks, float* out) {
+  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span blocks, Prefetch prefetch,
+                        float* out) {
     pick_float_tile(l.num_bits, rows)(l, a.panels + panel * l.panel_bytes, acts.values + m * l.k_padded,
-                                      acts.sums + m * l.blocks, blocks, out);
+                                      acts.sums + m * l.blocks, blocks, prefetch, out);
   };
   run_tiles<kFloatTile>(a, {panel_begin, panel_end}, {row_begin, row_end}, l.blocks, tile, [](auto&&...) {});
 }

@@ -16,6 +16,20 @@ struct Span {
   std::int64_t begin, end;
 };
 
+// How far ahead of its loads a tile asks for the first and the second half of each step of weights.
+struct Prefetch {
+  std::int64_t low, high;
+};
+constexpr std::int64_t kAhead = 4096;
+constexpr Prefetch kPrefetchAll{kAhead, kAhead};
+
+// Of several tiles over one stretch of weights the first two ask for half of the next one each: asking for all of it in
+// the first tile would fill the line buffers there and leave memory idle in the others.
+inline Prefetch prefetch_share(std::int64_t tile, std::int64_t tiles) {
+  if (tiles == 1) return kPrefetchAll;
+  return {tile == 0 ? kAhead : 0, tile == 1 ? kAhead : 0};
+}
+
 // Asks for a part of the next panel while this one is multiplied: its first tile would wait for memory otherwise.
 inline void prefetch_part(const std::uint8_t* p, std::int64_t bytes) {
   for (std::int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T1);
@@ -51,12 +65,13 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
                          Finish&& finish) {
   alignas(64) float out[kFewRows * kRows];
   const std::int64_t count = rows.end - rows.begin;
-  const std::int64_t step = count <= kTileRows ? groups : 1;
+  const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
+  const std::int64_t step = tiles == 1 ? groups : 1;
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (std::int64_t g = 0; g < groups; g += step)
-      for (std::int64_t m = 0, n = 0; m < count; m += n) {
+      for (std::int64_t m = 0, n = 0, i = 0; m < count; m += n, ++i) {
         n = next_tile(count - m, kTileRows);
-        tile(panel, rows.begin + m, n, Span{g, g + step}, out + m * kRows);
+        tile(panel, rows.begin + m, n, Span{g, g + step}, prefetch_share(i, tiles), out + m * kRows);
       }
     finish(panel, rows.begin, count, out);
     store_tile(a, panel, rows.begin, count, out, false);
@@ -79,7 +94,7 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
       const std::int64_t bytes = min64(part, l.panel_bytes - ahead);
       prefetch_part(a.panels + (panel + 1) * l.panel_bytes + ahead, bytes);
       ahead += bytes;
-      tile(panel, m, n, Span{0, groups}, out);
+      tile(panel, m, n, Span{0, groups}, kPrefetchAll, out);
       finish(panel, m, n, out);
       store_tile(a, panel, m, n, out, stream);
     }
@@ -87,7 +102,7 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
   if (stream) _mm_sfence();
 }
 
-// tile(panel, first row, rows, groups, out) adds groups to out [rows][64], which group 0 begins anew; finish(panel, first row, rows, out) ends it.
+// tile(panel, first row, rows, groups, prefetch, out) adds groups to out [rows][64], which group 0 begins anew; finish(panel, first row, rows, out) ends it.
 template <int kTileRows, class Tile, class Finish>
 inline void run_tiles(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, Tile&& tile, Finish&& finish) {
   if (rows.end - rows.begin <= kFewRows) {
