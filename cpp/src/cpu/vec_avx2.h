@@ -23,27 +23,51 @@ inline VecF load_bf16(const std::uint16_t* p) {
 inline VecF load_s8(const std::int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-inline void store_f32(float* p, VecF v) { _mm256_storeu_ps(p, v); }
+// Stores of whole registers; with Stream past the caches, to aligned memory, and stream_fence() after the last one.
+template <bool Stream>
+inline void put(void* p, __m256i v) {
+  auto* to = static_cast<__m256i*>(p);
+  Stream ? _mm256_stream_si256(to, v) : _mm256_storeu_si256(to, v);
+}
+template <bool Stream>
+inline void put(void* p, __m128i v) {
+  auto* to = static_cast<__m128i*>(p);
+  Stream ? _mm_stream_si128(to, v) : _mm_storeu_si128(to, v);
+}
+inline void stream_fence() { _mm_sfence(); }
+
+template <bool Stream = false>
+inline void store_f32(float* p, VecF v) {
+  put<Stream>(p, _mm256_castps_si256(v));
+}
+template <bool Stream = false>
 inline void store_f16(std::uint16_t* p, VecF v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  put<Stream>(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline __m128i narrow_32_to_16(__m256i v) {
   return _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
+template <bool Stream = false>
 inline void store_bf16(std::uint16_t* p, VecF v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_32_to_16(high));
+  put<Stream>(p, narrow_32_to_16(_mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16)));
 }
-// Lanes are integers in int8 range.
+// Lanes are in int8 range; they are rounded to nearest, ties to even.
 inline void store_s8(std::int8_t* p, VecF v) {
   const __m256i wide = _mm256_cvtps_epi32(v);
   const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
+}
+template <bool Stream>
+inline void store_s8x4(std::int8_t* p, VecF a, VecF b, VecF c, VecF d) {
+  const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+  const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  put<Stream>(p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order));
 }
 
 inline VecF set1(float x) { return _mm256_set1_ps(x); }
@@ -62,6 +86,15 @@ inline std::uint32_t reduce_max_bits(VecI a) {
   m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
   m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
   return static_cast<std::uint32_t>(_mm_cvtsi128_si32(m));
+}
+// The same of 16-bit floats as they are stored: their magnitudes order like unsigned integers.
+constexpr int kWidth16 = 16;
+inline VecI abs_bits16(const std::uint16_t* p) {
+  return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi16(0x7fff));
+}
+inline VecI max_bits16(VecI a, VecI b) { return _mm256_max_epu16(a, b); }
+inline std::uint32_t reduce_max_bits16(VecI a) {
+  return reduce_max_bits(max_bits(_mm256_srli_epi32(a, 16), _mm256_and_si256(a, _mm256_set1_epi32(0xffff))));
 }
 inline float reduce_add(VecF a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -23,22 +23,45 @@ inline VecF load_bf16(const std::uint16_t* p) {
 inline VecF load_s8(const std::int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline void store_f32(float* p, VecF v) { _mm512_storeu_ps(p, v); }
-inline void store_f16(std::uint16_t* p, VecF v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+// Stores of whole registers; with Stream past the caches, to aligned memory, and stream_fence() after the last one.
+template <bool Stream>
+inline void put(void* p, __m512i v) {
+  Stream ? _mm512_stream_si512(static_cast<__m512i*>(p), v) : _mm512_storeu_si512(p, v);
 }
+template <bool Stream>
+inline void put(void* p, __m256i v) {
+  auto* to = static_cast<__m256i*>(p);
+  Stream ? _mm256_stream_si256(to, v) : _mm256_storeu_si256(to, v);
+}
+inline void stream_fence() { _mm_sfence(); }
+
+template <bool Stream = false>
+inline void store_f32(float* p, VecF v) {
+  put<Stream>(p, _mm512_castps_si512(v));
+}
+template <bool Stream = false>
+inline void store_f16(std::uint16_t* p, VecF v) {
+  put<Stream>(p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+template <bool Stream = false>
 inline void store_bf16(std::uint16_t* p, VecF v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m512i all = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
+  put<Stream>(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
 }
-// Lanes are integers in int8 range.
+// Lanes are in int8 range; they are rounded to nearest, ties to even.
 inline void store_s8(std::int8_t* p, VecF v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+template <bool Stream>
+inline void store_s8x4(std::int8_t* p, VecF a, VecF b, VecF c, VecF d) {
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  put<Stream>(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
 }
 
 inline VecF set1(float x) { return _mm512_set1_ps(x); }
@@ -52,6 +75,15 @@ inline VecI abs_bits(VecF a) { return _mm512_and_si512(_mm512_castps_si512(a), _
 inline VecI zero_bits() { return _mm512_setzero_si512(); }
 inline VecI max_bits(VecI a, VecI b) { return _mm512_max_epu32(a, b); }
 inline std::uint32_t reduce_max_bits(VecI a) { return _mm512_reduce_max_epu32(a); }
+// The same of 16-bit floats as they are stored: their magnitudes order like unsigned integers.
+constexpr int kWidth16 = 32;
+inline VecI abs_bits16(const std::uint16_t* p) {
+  return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(0x7fff));
+}
+inline VecI max_bits16(VecI a, VecI b) { return _mm512_max_epu16(a, b); }
+inline std::uint32_t reduce_max_bits16(VecI a) {
+  return reduce_max_bits(max_bits(_mm512_srli_epi32(a, 16), _mm512_and_si512(a, _mm512_set1_epi32(0xffff))));
+}
 inline float reduce_add(VecF a) { return _mm512_reduce_add_ps(a); }
 inline float reduce_max(VecF a) { return _mm512_reduce_max_ps(a); }
 inline float reduce_min(VecF a) { return _mm512_reduce_min_ps(a); }

@@ -38,18 +38,31 @@ inline VecF load_bf16(const std::uint16_t* p) {
 inline VecF load_s8(const std::int8_t* p) {
   return map_lanes([&](int i) { return static_cast<float>(p[i]); });
 }
+// `Stream` asks for stores past the caches, which plain C++ does not have.
+inline void stream_fence() {}
+
+template <bool Stream = false>
 inline void store_f32(float* p, VecF v) {
   for (int i = 0; i < kWidth; ++i) p[i] = v.lane[i];
 }
+template <bool Stream = false>
 inline void store_f16(std::uint16_t* p, VecF v) {
   for (int i = 0; i < kWidth; ++i) p[i] = float_to_f16(v.lane[i]);
 }
+template <bool Stream = false>
 inline void store_bf16(std::uint16_t* p, VecF v) {
   for (int i = 0; i < kWidth; ++i) p[i] = float_to_bf16(v.lane[i]);
 }
-// Lanes are integers in int8 range.
+// Lanes are in int8 range; they are rounded to nearest, ties to even.
 inline void store_s8(std::int8_t* p, VecF v) {
-  for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int8_t>(v.lane[i]);
+  for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int8_t>(std::nearbyintf(v.lane[i]));
+}
+template <bool Stream>
+inline void store_s8x4(std::int8_t* p, const VecF& a, const VecF& b, const VecF& c, const VecF& d) {
+  store_s8(p, a);
+  store_s8(p + kWidth, b);
+  store_s8(p + 2 * kWidth, c);
+  store_s8(p + 3 * kWidth, d);
 }
 
 inline VecF set1(float x) {
@@ -90,6 +103,15 @@ inline std::uint32_t reduce_max_bits(VecI a) {
   for (const std::uint32_t lane : a.lane) best = lane > best ? lane : best;
   return best;
 }
+// The same of 16-bit floats as they are stored: their magnitudes order like unsigned integers.
+constexpr int kWidth16 = kWidth;
+inline VecI abs_bits16(const std::uint16_t* p) {
+  VecI out;
+  for (int i = 0; i < kWidth; ++i) out.lane[i] = p[i] & 0x7fffu;
+  return out;
+}
+inline VecI max_bits16(VecI a, VecI b) { return max_bits(a, b); }
+inline std::uint32_t reduce_max_bits16(VecI a) { return reduce_max_bits(a); }
 inline float reduce_add(VecF a) {
   float sum = 0.0f;
   for (const float lane : a.lane) sum += lane;

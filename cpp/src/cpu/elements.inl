@@ -1,0 +1,79 @@
+// Elements of float matrices and code vectors, over the Vec of the including file's instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/half.h"
+#include "qtale/dtype.h"
+
+namespace qtale::cpu {
+namespace {
+
+inline std::int64_t min64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// Typed access to whole vectors and, through a zero-filled buffer, to the rest of a row.
+struct F32 {
+  using T = float;
+  static VecF load(const T* p) { return load_f32(p); }
+  template <bool Stream = false>
+  static void store(T* p, VecF v) {
+    store_f32<Stream>(p, v);
+  }
+};
+struct F16 {
+  using T = std::uint16_t;
+  static VecF load(const T* p) { return load_f16(p); }
+  template <bool Stream = false>
+  static void store(T* p, VecF v) {
+    store_f16<Stream>(p, v);
+  }
+};
+struct Bf16 {
+  using T = std::uint16_t;
+  static VecF load(const T* p) { return load_bf16(p); }
+  template <bool Stream = false>
+  static void store(T* p, VecF v) {
+    store_bf16<Stream>(p, v);
+  }
+};
+
+template <class E>
+inline VecF load_part(const typename E::T* p, std::int64_t count) {
+  typename E::T buffer[kWidth] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(count) * sizeof(typename E::T));
+  return E::load(buffer);
+}
+template <class E>
+inline void store_part(typename E::T* p, VecF v, std::int64_t count) {
+  typename E::T buffer[kWidth];
+  E::store(buffer, v);
+  std::memcpy(p, buffer, static_cast<std::size_t>(count) * sizeof(typename E::T));
+}
+inline VecF load_codes_part(const std::int8_t* p, std::int64_t count) {
+  std::int8_t buffer[kWidth] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(count));
+  return load_s8(buffer);
+}
+inline void store_codes_part(std::int8_t* p, VecF v, std::int64_t count) {
+  std::int8_t buffer[kWidth];
+  store_s8(buffer, v);
+  std::memcpy(p, buffer, static_cast<std::size_t>(count));
+}
+
+// Calls fn with the element type of a float dtype.
+template <class Fn>
+inline auto with_type(DType dtype, Fn&& fn) {
+  if (dtype == DType::f16) return fn(F16{});
+  if (dtype == DType::bf16) return fn(Bf16{});
+  return fn(F32{});
+}
+
+inline float load_scalar(const void* p, DType dtype, std::int64_t i) {
+  if (dtype == DType::f16) return f16_to_float(static_cast<const std::uint16_t*>(p)[i]);
+  if (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(p)[i]);
+  return static_cast<const float*>(p)[i];
+}
+
+}  // namespace
+}  // namespace qtale::cpu
