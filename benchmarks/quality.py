@@ -133,18 +133,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a folder, or demo")
     parser.add_argument("--tasks", default="arc_easy,piqa")
-    parser.add_argument("--data", default="bundled", help="bundled, or a folder with wikitext2/wiki.test.raw for --windows")
+    parser.add_argument("--data", default="bundled", help="bundled, or a folder (which --windows needs)")
     parser.add_argument("--limit", type=float, help="documents a task (default: all)")
     parser.add_argument("--windows", type=int, default=0, help="windows of 2048 tokens for perplexity (0: none)")
-    parser.add_argument("--forms", help=f"comma-separated, of: {', '.join(SPECS)} (default: all)", default=",".join(SPECS))
+    parser.add_argument("--form", action="append", choices=SPECS, help="a form to measure; repeatable (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     folder = qtale.demo.model() if options.model == "demo" else Path(options.model)
     options.perplexity = qtale_perplexity(folder, options.windows)
-    wanted = [form.strip() for form in options.forms.replace(", asymmetric", "; asymmetric").split(",")]
-    forms = [form.replace("; asymmetric", ", asymmetric") for form in wanted]
     rows = []
-    for name in forms:
+    for name in options.form or SPECS:
         rows.append(measure(name, SPECS[name], options, folder))
         print(render(rows[-1:]), file=sys.stderr)
     print(render(rows))
