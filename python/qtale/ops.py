@@ -12,9 +12,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qtale import kernels
 from qtale.errors import InputError
-from qtale.tensors import FLOATS, is_torch
+from qtale.tensors import FLOATS, is_torch, not_an_array
 
 if TYPE_CHECKING:
     from qtale.tensors import Array
@@ -40,6 +42,8 @@ def _backend(array: Array) -> ModuleType:
         import qtale.torch_ops
 
         return qtale.torch_ops
+    if not isinstance(array, np.ndarray):
+        raise not_an_array(array)
     return kernels
 
 
@@ -101,7 +105,9 @@ def qmatmul(x: Array, prepacked: Array, out_features: int, bias: Array | None = 
 
     ``compute="int8"`` rounds activations to 8 bits per row and 128 inputs:
     ``|error| <= sum_k |w_k| * amax(group of k) / 254`` plus float32 rounding.
-    ``compute="float"`` takes them as they are and sums in float32.
+    ``compute="float"`` takes them as they are and sums products of unsigned codes in float32: ``|error| <= (in + 8) *
+    2^-24 * sum_k (|code_k| + |zero_point| + 2^num_bits) * scale * max(|x_k|, 2^-96)``.
+    Rounding to the dtype of x comes on top.
     With autograd, gradients reach x (through the dequantized weight, in float32) and bias.
     """
     return _backend(x).qmatmul(x, prepacked, out_features, bias, compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,27 @@ def memory(array: Array) -> Memory:
     if is_torch(array):
         return _torch_memory(array)
     if isinstance(array, np.ndarray):
-        itemsize = array.dtype.itemsize
-        if any(stride % itemsize for stride in array.strides):
-            raise InputError("numpy array: its strides are no multiple of its item size; pass a contiguous copy.")
-        strides = tuple(stride // itemsize for stride in array.strides)
-        return array.ctypes.data, array.dtype.name, array.shape, strides, -1
-    raise InputError(f"expected a torch tensor or a numpy array, got {type(array).__name__}.")
+        return array.ctypes.data, array.dtype.name, array.shape, _numpy_strides(array), -1
+    raise not_an_array(array)
+
+
+def not_an_array(value: object) -> InputError:
+    """The error for arguments of other kinds."""
+    return InputError(f"expected a torch tensor or a numpy array, got {type(value).__name__}.")
+
+
+def _numpy_strides(array: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    if not array.size:
+        return _row_major(array.shape)
+    itemsize = array.dtype.itemsize
+    if any(stride % itemsize for stride in array.strides):
+        raise InputError("numpy array: its strides are no multiple of its item size; pass a contiguous copy.")
+    return tuple(stride // itemsize for stride in array.strides)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    # Arrays without elements come with arbitrary strides, which the core would take for gaps.
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _torch_memory(tensor: Any) -> Memory:
@@ -64,7 +80,9 @@ def _torch_memory(tensor: Any) -> Memory:
         raise UnsupportedError(
             f"a {tensor.layout} tensor on {tensor.device} is not supported; use a dense tensor on the CPU."
         )
-    return tensor.data_ptr(), torch_dtype_name(tensor.dtype), tuple(tensor.shape), tensor.stride(), -1
+    shape = tuple(tensor.shape)
+    strides = tensor.stride() if tensor.numel() else _row_major(shape)
+    return tensor.data_ptr(), torch_dtype_name(tensor.dtype), shape, strides, -1
 
 
 def empty(like: Array, shape: tuple[int, ...], dtype: str) -> Any:

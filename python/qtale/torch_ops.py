@@ -265,3 +265,7 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "qtale::fake_quantize", _fake_quantize_backward, setup_context=_fake_quantize_context, lib=_library
 )
+
+# Codes have no gradient: their results never require one, whatever the inputs do.
+for _operator in ("quantize", "dequantize", "pack", "unpack", "prepack"):
+    _library.impl(_operator, torch.library.fallthrough_kernel, "Autograd")
