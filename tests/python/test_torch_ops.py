@@ -169,5 +169,5 @@ def test_devices_without_kernels_are_refused() -> None:
     # A CUDA tensor cannot be made here; the kernel that its dispatch key reaches can be called.
     keyset = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     prepacked, _ = packed()
-    with pytest.raises(UnsupportedError, match="qmatmul: has no kernel for tensors on cpu, because .* the CPU"):
+    with pytest.raises(UnsupportedError, match=r"qmatmul: has no kernel for tensors on cpu, because .* the CPU"):
         OPS.qmatmul.default.redispatch(keyset, torch.randn(2, 96), prepacked, 40, None, "int8")
