@@ -107,7 +107,9 @@ def qmatmul(x: Array, prepacked: Array, out_features: int, bias: Array | None, c
     flat = x.ndim == 2
     rows = contiguous(x if flat else x.reshape(math.prod(shape[:-1]), shape[-1]))
     y = empty(x, (rows.shape[0], out_features), dtype_name(x))
-    _core.qmatmul(memory(rows), memory(prepacked), _optional(_float32(bias)), memory(y), compute)
+    # Named, so that it lives until the core has read it.
+    bias32 = _float32(bias)
+    _core.qmatmul(memory(rows), memory(prepacked), _optional(bias32), memory(y), compute)
     return y if flat else y.reshape((*shape[:-1], out_features))
 
 

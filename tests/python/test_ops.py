@@ -128,8 +128,8 @@ def test_qmatmul_stays_within_its_stated_bound(isa: str, num_bits: int, symmetri
         codes, scale, zero_point = ops.quantize(weight_of(71, in_features), num_bits, group, symmetric)
         prepacked = ops.prepack(codes, scale, zero_point, num_bits=num_bits)
         weight = oracle.dequantize(double(codes), double(scale), double(zero_point))
-        bias = torch.randn(71)
         for dtype in DTYPES:
+            bias = torch.randn(71).to(dtype)
             for rows in (1, 33):
                 x = torch.randn(rows, in_features).to(dtype)
                 y = ops.qmatmul(x, prepacked, 71, bias, compute)
