@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ OUT, IN = 5632, 2048  # one matrix
 MOST_ROWS = 16  # of decode
 FALL = 0.02  # rows per second may seem to fall by this much: the noise of medians
 COPY = 0.7  # quantize and dequantize, of copying
+BLOCKS = 3  # that quantize, dequantize and copies take in turn, so that no cache holds the next one
 TWO_THREADS = 1.8  # prefill, of one thread
 Row = dict[str, Any]
 
@@ -196,10 +198,15 @@ def sweep(weights: Weights, sizes: Sizes) -> Row:
 
 
 def copy_limit(size: int) -> Callable[[], float]:
-    """Bytes read and written per second by a copy past the caches that moves ``size`` bytes in all."""
+    """Bytes read and written per second by a copy past the caches; each moves other ``size`` bytes."""
     half = size // 2 // ALIGNMENT * ALIGNMENT
-    source, target = huge_array(half), huge_array(half)
-    return lambda: 2 * half / _core.copy_seconds(memory(source), memory(target))
+    pairs = deque((huge_array(half), huge_array(half)) for _ in range(BLOCKS))
+
+    def rate() -> float:
+        pairs.rotate()
+        return 2 * half / float(_core.copy_seconds(memory(pairs[0][0]), memory(pairs[0][1])))
+
+    return rate
 
 
 def matrix(shape: tuple[int, int], dtype: str) -> Array:
@@ -207,22 +214,39 @@ def matrix(shape: tuple[int, int], dtype: str) -> Array:
     return huge_array(int(np.prod(shape)) * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
 
 
+class Block:
+    """A weight and what quantize makes of it; outputs are reused, so no page is new."""
+
+    def __init__(self, dtype: str, group: int, sizes: Sizes) -> None:
+        shape = (max(1, sizes.elements // IN), IN)
+        self.weight, self.codes = matrix(shape, dtype), matrix(shape, "int8")
+        self.scale = np.empty((shape[0], IN // group if group else 1), dtype)
+        self.weight[:] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        self.nbytes = self.weight.nbytes + self.codes.nbytes + self.scale.nbytes
+
+    def quantize(self, bits: int) -> None:
+        """Weight to codes and scale."""
+        _core.quantize(memory(self.weight), bits, memory(self.codes), memory(self.scale), None)
+
+    def dequantize(self, bits: int) -> None:
+        """Codes and scale to weight; every width is a byte a code here."""
+        _core.dequantize(memory(self.codes), memory(self.scale), None, memory(self.weight))
+
+
 def quantize_and_dequantize(dtype: str, bits: int, group: int, sizes: Sizes) -> list[Row]:
-    """Both against a copy of as many bytes as they read and write; outputs are reused, so no page is new."""
-    shape, groups = (max(1, sizes.elements // IN), IN), IN // group if group else 1
-    weight, codes, scale = matrix(shape, dtype), matrix(shape, "int8"), np.empty((shape[0], groups), dtype)
-    weight[:] = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    moved = weight.nbytes + codes.nbytes + scale.nbytes
-    limit = copy_limit(moved)
+    """Both against a copy of as many bytes as they read and write; every sample takes another block."""
+    blocks = deque(Block(dtype, group, sizes) for _ in range(BLOCKS))
+    limit = copy_limit(blocks[0].nbytes)
     target = COPY if _core.num_threads() == 2 else None
+
+    def rate(run: Callable[[Block, int], None]) -> float:
+        blocks.rotate()
+        return blocks[0].nbytes / wall(partial(run, blocks[0], bits))()
+
     rows = []
-    for name, run in (
-        ("quantize", lambda: _core.quantize(memory(weight), bits, memory(codes), memory(scale), None)),
-        ("dequantize", lambda: _core.dequantize(memory(codes), memory(scale), None, memory(weight))),
-    ):
-        timed = wall(run)
-        result = paired(lambda timed=timed: moved / timed(), [limit], sizes.repeats)
-        label = f"{name} {dtype} W{bits} {f'g{group}' if group else 'channel'}"
+    for run in (Block.quantize, Block.dequantize):
+        result = paired(partial(rate, run), [limit], sizes.repeats)
+        label = f"{run.__name__} {dtype} W{bits} {f'g{group}' if group else 'channel'}"
         rows.append(make_row(label, "B/s", result, "copy", target))
     return rows
 

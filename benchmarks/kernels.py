@@ -132,6 +132,9 @@ def table(result: dict[str, Any]) -> str:
             f"limits, {limit['threads']} thread(s): read {amount(limit['dram_read'], 'B/s')} "
             f"({limit['reader']}), copy {amount(limit['copy'], 'B/s')}, {peaks}"
         )
+    shares = [row["huge_pages"] for row in result["results"] if row.get("huge_pages") is not None]
+    if shares:
+        lines.append(f"weights in huge pages: {min(shares):.0%} at least")
     head = ("kernel", "threads", "speed", "limit beside it", "share", "target", "")
     cells = [head]
     for row in result["results"]:

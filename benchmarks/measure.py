@@ -18,6 +18,7 @@ import numpy as np
 from qtale import _core
 
 ALIGNMENT = 64
+HUGE_PAGE = 2 << 20
 BUSY = 0.93  # share of the wall time that the threads must have run for a sample to count
 MAX_TRIES = 4  # times the wanted number of samples, on a machine that is never quiet
 
@@ -38,11 +39,14 @@ class Paired:
 
 
 def huge_array(size: int) -> Array:
-    """``size`` bytes of touched memory, in huge pages where the system grants them; 2 MiB aligned or nearly so."""
-    memory = mmap.mmap(-1, max(size, mmap.PAGESIZE))
+    """``size`` bytes of touched memory that begin on a huge page, in huge pages where the system grants them."""
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # Python's default is shared memory, which gets no huge pages
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(memory, np.uint8)[:size]
+    array = np.frombuffer(memory, np.uint8)
+    start = -array.ctypes.data % HUGE_PAGE
+    array = array[start : start + size]
     array.fill(0)
     return array
 

@@ -1,6 +1,8 @@
-// Elements of float matrices and code vectors, over the Vec of the including file's instruction set.
+// Elements of float matrices and code vectors, and how large ones are read and written, over the Vec of the including
+// file's instruction set.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -73,6 +75,24 @@ inline float load_scalar(const void* p, DType dtype, std::int64_t i) {
   if (dtype == DType::f16) return f16_to_float(static_cast<const std::uint16_t*>(p)[i]);
   if (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(p)[i]);
   return static_cast<const float*>(p)[i];
+}
+
+// Outputs of at least this many bytes at once leave no cache for anybody: they are written past the caches.
+constexpr std::int64_t kStreamBytes = std::int64_t{1} << 20;
+
+// Whether `rows` rows of `row_bytes` at p can be streamed; whole lines only.
+inline bool can_stream(const void* p, std::int64_t row_bytes, std::int64_t rows) {
+  return rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(p) % 64 == 0;
+}
+
+// Bytes ahead of the first pass over a weight that are asked for: hardware alone reads one stream too late.
+constexpr std::int64_t kReadAhead = 8192;
+
+inline void read_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kReadAhead); }
+
+// The second pass asks for every other line that the first one will need next: neither leaves memory idle.
+inline void read_further_ahead(const void* p, std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += 128) __builtin_prefetch(static_cast<const char*>(p) + 2 * kReadAhead + i);
 }
 
 }  // namespace

@@ -12,27 +12,8 @@
 namespace qtale::cpu {
 namespace {
 
-// Outputs of at least this many bytes at once leave no cache for anybody: they are written past the caches.
-constexpr std::int64_t kStreamBytes = std::int64_t{1} << 20;
-
-// Whether `rows` rows of `row_bytes` at p can be streamed; whole lines only.
-inline bool can_stream(const void* p, std::int64_t row_bytes, std::int64_t rows) {
-  return rows * row_bytes >= kStreamBytes && row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(p) % 64 == 0;
-}
-
-// Bytes ahead of the first pass over a weight that are asked for: hardware alone reads one stream too late.
-constexpr std::int64_t kReadAhead = 8192;
-
-inline void read_ahead(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + kReadAhead); }
-
-inline float float_of_bits(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// The largest magnitude; NaN and inf show as bits above those of FLT_MAX.
-inline float find_magnitude(F32, const float* p, std::int64_t count) {
+// The largest magnitude, as the bits of the weight's dtype; NaN and inf are above all numbers.
+inline std::uint32_t find_magnitude(const float* p, std::int64_t count) {
   VecI magnitude = zero_bits();
   std::int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) {
@@ -40,10 +21,9 @@ inline float find_magnitude(F32, const float* p, std::int64_t count) {
     magnitude = max_bits(magnitude, abs_bits(load_f32(p + i)));
   }
   if (i < count) magnitude = max_bits(magnitude, abs_bits(load_part<F32>(p + i, count - i)));
-  return float_of_bits(reduce_max_bits(magnitude));
+  return reduce_max_bits(magnitude);
 }
-template <class E>
-inline float find_magnitude(E, const std::uint16_t* p, std::int64_t count) {
+inline std::uint32_t find_magnitude(const std::uint16_t* p, std::int64_t count) {
   VecI magnitude = zero_bits();
   std::int64_t i = 0;
   for (; i + kWidth16 <= count; i += kWidth16) {
@@ -55,8 +35,7 @@ inline float find_magnitude(E, const std::uint16_t* p, std::int64_t count) {
     std::memcpy(rest, p + i, static_cast<std::size_t>(count - i) * sizeof *p);
     magnitude = max_bits16(magnitude, abs_bits16(rest));
   }
-  const std::uint32_t bits = reduce_max_bits16(magnitude);
-  return std::is_same_v<E, F16> ? f16_to_float(static_cast<std::uint16_t>(bits)) : float_of_bits(bits << 16);
+  return reduce_max_bits16(magnitude);
 }
 
 struct Range {
@@ -83,6 +62,7 @@ inline Range find_range(const typename E::T* p, std::int64_t count) {
 // Parameters of neighbouring groups, whose divisions and conversions are done together.
 struct Params {
   std::int64_t first = 0, count = 0;  // groups, counted through all rows
+  alignas(64) std::uint32_t magnitude[kWidth] = {};
   alignas(64) float lo[kWidth] = {};
   alignas(64) float wanted[kWidth] = {};  // largest magnitude or width of the range, then the scale asked for
   alignas(64) float scale[kWidth];        // as stored
@@ -111,15 +91,35 @@ struct Cursor {
 };
 
 template <class E, bool Symmetric>
-inline bool measure_group(const typename E::T* p, std::int64_t count, Params& params, std::int64_t i) {
-  const float magnitude = find_magnitude(E{}, p, count);
-  params.wanted[i] = magnitude;
+inline void measure_group(const typename E::T* p, std::int64_t count, Params& params, std::int64_t i) {
+  params.magnitude[i] = find_magnitude(p, count);
   if constexpr (!Symmetric) {
     const Range range = find_range<E>(p, count);
     params.lo[i] = range.lo;
     params.wanted[i] = range.hi - range.lo;
   }
-  return magnitude <= FLT_MAX;
+}
+
+template <class E>
+inline VecF magnitudes(const Params& params) {
+  typename E::T stored[kWidth];
+  if constexpr (std::is_same_v<E, F32>) {
+    std::memcpy(stored, params.magnitude, sizeof stored);
+  } else {
+    for (int i = 0; i < kWidth; ++i) stored[i] = static_cast<std::uint16_t>(params.magnitude[i]);
+  }
+  return E::load(stored);
+}
+
+// The first of the groups in use whose value is no finite number, or -1.
+inline std::int64_t find_overflow(const Params& params, VecF values) {
+  constexpr std::uint32_t kInf = 0x7f800000u;
+  if (reduce_max_bits(abs_bits(values)) < kInf) return -1;
+  float each[kWidth];
+  store_f32(each, values);
+  std::int64_t i = 0;
+  while (each[i] <= FLT_MAX) ++i;
+  return params.first + i;
 }
 
 // Rounds the scales to their dtype, stores those that are in use and keeps all as stored.
@@ -133,10 +133,14 @@ inline void store_scales(Params& params, void* scale, float tiny) {
   store_part<E>(static_cast<typename E::T*>(scale) + params.first, load_f32(params.scale), params.count);
 }
 
-// The first group whose scale overflows its dtype, or -1.
-template <bool Symmetric>
+// From measurements to parameters; returns the first group that holds NaN or inf or overflows its scale, or -1.
+template <class E, bool Symmetric>
 inline std::int64_t choose_params(const QuantizeArgs& a, Params& params) {
   const float levels = static_cast<float>((1 << a.num_bits) - 1), half = static_cast<float>(1 << (a.num_bits - 1));
+  const VecF magnitude = magnitudes<E>(params);
+  const std::int64_t unusable = find_overflow(params, magnitude);
+  if (unusable >= 0) return unusable;
+  if constexpr (Symmetric) store_f32(params.wanted, magnitude);
   const float divisor = Symmetric ? levels * 0.5f : levels;
   for (float& w : params.wanted) w = w / divisor;
   with_type(a.scale_dtype, [&](auto element) {
@@ -150,35 +154,42 @@ inline std::int64_t choose_params(const QuantizeArgs& a, Params& params) {
     store_f32(params.zero_point, zero_point);
     store_codes_part(a.zero_point + params.first, zero_point, params.count);
   }
-  if (reduce_max(load_f32(params.scale)) <= FLT_MAX) return -1;
-  std::int64_t i = 0;
-  while (params.scale[i] <= FLT_MAX) ++i;
-  return params.first + i;
+  return find_overflow(params, load_f32(params.scale));
 }
 
 struct Coder {
   VecF inverse, zero, low, high;
+  VecI low_byte, high_byte;
 
-  Coder(float inverse_scale, float zero_point, int num_bits)
-      : inverse(set1(inverse_scale)),
-        zero(set1(zero_point)),
-        low(set1(-static_cast<float>(1 << (num_bits - 1)))),
-        high(set1(static_cast<float>(1 << (num_bits - 1)) - 1.0f)) {}
+  explicit Coder(int num_bits)
+      : low(set1(-static_cast<float>(1 << (num_bits - 1)))),
+        high(set1(static_cast<float>((1 << (num_bits - 1)) - 1))),
+        low_byte(set1_s8(-(1 << (num_bits - 1)))),
+        high_byte(set1_s8((1 << (num_bits - 1)) - 1)) {}
 
+  void set(float inverse_scale, float zero_point) {
+    inverse = set1(inverse_scale);
+    zero = set1(zero_point);
+  }
   VecF code(VecF v) const { return min(high, max(low, add(rint(mul(v, inverse)), zero))); }
-  // The same without zero point, but for the rounding, which store_s8 does.
-  VecF unrounded(VecF v) const { return min(high, max(low, mul(v, inverse))); }
 };
 
 template <class E, bool Symmetric, bool Stream>
 inline void code_group(const Coder& coder, const typename E::T* p, std::int64_t count, std::int8_t* codes) {
-  const auto code = [&](VecF v) { return Symmetric ? coder.unrounded(v) : coder.code(v); };
-  const auto at = [&](std::int64_t i) { return code(E::load(p + i)); };
+  const VecI zero = to_int(coder.zero);
+  // The group's own scale keeps these products far inside int32, so they are clamped as bytes.
+  const auto at = [&](std::int64_t i) {
+    const VecI rounded = to_int(mul(E::load(p + i), coder.inverse));
+    return Symmetric ? rounded : add_int(rounded, zero);
+  };
   std::int64_t i = 0;
-  for (; i + 4 * kWidth <= count; i += 4 * kWidth)
-    store_s8x4<Stream>(codes + i, at(i), at(i + kWidth), at(i + 2 * kWidth), at(i + 3 * kWidth));
-  for (; i + kWidth <= count; i += kWidth) store_s8(codes + i, at(i));
-  if (i < count) store_codes_part(codes + i, code(load_part<E>(p + i, count - i)), count - i);
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+    read_further_ahead(p + i, 4 * kWidth * sizeof *p);
+    store_s8x4<Stream>(codes + i, at(i), at(i + kWidth), at(i + 2 * kWidth), at(i + 3 * kWidth), coder.low_byte,
+                       coder.high_byte);
+  }
+  for (; i + kWidth <= count; i += kWidth) store_s8(codes + i, coder.code(E::load(p + i)));
+  if (i < count) store_codes_part(codes + i, coder.code(load_part<E>(p + i, count - i)), count - i);
 }
 
 // Inputs of one batch of groups: small enough to be still in the first cache when they are coded.
@@ -191,19 +202,19 @@ std::int64_t quantize_groups(const QuantizeArgs& a, std::int64_t begin, std::int
   Params params[2];
   Params *now = &params[0], *next = &params[1];
   Cursor<E> measuring(a, begin), coding(a, begin);
+  Coder coder(a.num_bits);
   next->first = begin * a.groups;
   do {
     next->count = min64(batch, end * a.groups - next->first);
     for (std::int64_t i = 0; i < batch; ++i) {
-      if (i < next->count && !measure_group<E, Symmetric>(measuring.take(a), a.group_size, *next, i))
-        return next->first + i;
+      if (i < next->count) measure_group<E, Symmetric>(measuring.take(a), a.group_size, *next, i);
       if (i >= now->count) continue;
-      const Coder coder(now->inverse[i], now->zero_point[i], a.num_bits);
+      coder.set(now->inverse[i], now->zero_point[i]);
       std::int8_t* codes = a.codes + (now->first + i) * a.group_size;
       code_group<E, Symmetric, Stream>(coder, coding.take(a), a.group_size, codes);
     }
-    const std::int64_t overflow = choose_params<Symmetric>(a, *next);
-    if (overflow >= 0) return overflow;
+    const std::int64_t unusable = choose_params<E, Symmetric>(a, *next);
+    if (unusable >= 0) return unusable;
     Params* const measured = next;
     next = now;
     now = measured;
@@ -232,12 +243,16 @@ inline void dequantize_row(const DequantizeArgs& a, std::int64_t r) {
     const std::int64_t at = r * a.groups + g;
     const VecF scale = set1(load_scalar(a.scale, a.scale_dtype, at));
     const VecF zero = set1(a.zero_point ? static_cast<float>(a.zero_point[at]) : 0.0f);
+    const auto put = [&](std::int64_t k) {
+      E::template store<Stream>(row + k, mul(sub(load_s8(codes + k), zero), scale));
+    };
     std::int64_t k = g * a.group_size;
     const std::int64_t stop = k + a.group_size;
-    for (; k + kWidth <= stop; k += kWidth) {
+    for (; k + 4 * kWidth <= stop; k += 4 * kWidth) {
       read_ahead(codes + k);
-      E::template store<Stream>(row + k, mul(sub(load_s8(codes + k), zero), scale));
+      for (int i = 0; i < 4; ++i) put(k + i * kWidth);
     }
+    for (; k + kWidth <= stop; k += kWidth) put(k);
     if (k < stop) store_part<E>(row + k, mul(sub(load_codes_part(codes + k, stop - k), zero), scale), stop - k);
   }
 }
@@ -254,6 +269,7 @@ void dequantize_rows(const DequantizeArgs& a, std::int64_t begin, std::int64_t e
 }
 
 void fake_quantize_rows(const FakeQuantizeArgs& a, std::int64_t begin, std::int64_t end) {
+  Coder coder(a.num_bits);
   with_type(a.x.dtype, [&](auto element) {
     using E = decltype(element);
     for (std::int64_t r = begin; r < end; ++r) {
@@ -263,7 +279,7 @@ void fake_quantize_rows(const FakeQuantizeArgs& a, std::int64_t begin, std::int6
         const std::int64_t at = r * a.groups + g;
         const float scale = load_scalar(a.scale, a.scale_dtype, at);
         const float zero_point = a.zero_point ? static_cast<float>(a.zero_point[at]) : 0.0f;
-        const Coder coder(1.0f / scale, zero_point, a.num_bits);
+        coder.set(1.0f / scale, zero_point);
         const VecF step = set1(scale);
         std::int64_t k = g * a.group_size;
         const std::int64_t stop = k + a.group_size;

@@ -62,13 +62,16 @@ inline void store_s8(std::int8_t* p, VecF v) {
   const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(half, half));
 }
+// Four registers of integers as bytes in [low, high], bounds that set1_s8 made.
 template <bool Stream>
-inline void store_s8x4(std::int8_t* p, VecF a, VecF b, VecF c, VecF d) {
-  const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
-  const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  put<Stream>(p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order));
+inline void store_s8x4(std::int8_t* p, VecI a, VecI b, VecI c, VecI d, VecI low, VecI high) {
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  const __m256i kept = _mm256_min_epi8(_mm256_max_epi8(bytes, low), high);
+  put<Stream>(p, _mm256_permutevar8x32_epi32(kept, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
+inline VecI set1_s8(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
+inline VecI to_int(VecF a) { return _mm256_cvtps_epi32(a); }
+inline VecI add_int(VecI a, VecI b) { return _mm256_add_epi32(a, b); }
 
 inline VecF set1(float x) { return _mm256_set1_ps(x); }
 inline VecF add(VecF a, VecF b) { return _mm256_add_ps(a, b); }

@@ -56,13 +56,17 @@ inline void store_bf16(std::uint16_t* p, VecF v) {
 inline void store_s8(std::int8_t* p, VecF v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
+// Four registers of integers as bytes in [low, high], bounds that set1_s8 made.
 template <bool Stream>
-inline void store_s8x4(std::int8_t* p, VecF a, VecF b, VecF c, VecF d) {
-  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
-  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+inline void store_s8x4(std::int8_t* p, VecI a, VecI b, VecI c, VecI d, VecI low, VecI high) {
+  const __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  const __m512i kept = _mm512_min_epi8(_mm512_max_epi8(bytes, low), high);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  put<Stream>(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
+  put<Stream>(p, _mm512_permutexvar_epi32(order, kept));
 }
+inline VecI set1_s8(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
+inline VecI to_int(VecF a) { return _mm512_cvtps_epi32(a); }
+inline VecI add_int(VecI a, VecI b) { return _mm512_add_epi32(a, b); }
 
 inline VecF set1(float x) { return _mm512_set1_ps(x); }
 inline VecF add(VecF a, VecF b) { return _mm512_add_ps(a, b); }

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 
 #include "core/half.h"
 
@@ -57,12 +58,32 @@ inline void store_bf16(std::uint16_t* p, VecF v) {
 inline void store_s8(std::int8_t* p, VecF v) {
   for (int i = 0; i < kWidth; ++i) p[i] = static_cast<std::int8_t>(std::nearbyintf(v.lane[i]));
 }
+// Four registers of integers as bytes in [low, high], bounds that set1_s8 made.
 template <bool Stream>
-inline void store_s8x4(std::int8_t* p, const VecF& a, const VecF& b, const VecF& c, const VecF& d) {
-  store_s8(p, a);
-  store_s8(p + kWidth, b);
-  store_s8(p + 2 * kWidth, c);
-  store_s8(p + 3 * kWidth, d);
+inline void store_s8x4(std::int8_t* p, const VecI& a, const VecI& b, const VecI& c, const VecI& d, const VecI& low,
+                       const VecI& high) {
+  const auto least = static_cast<std::int32_t>(low.lane[0]), most = static_cast<std::int32_t>(high.lane[0]);
+  for (const VecI* part : {&a, &b, &c, &d}) {
+    for (int i = 0; i < kWidth; ++i) {
+      const auto value = static_cast<std::int32_t>(part->lane[i]);
+      *p++ = static_cast<std::int8_t>(value < least ? least : value > most ? most : value);
+    }
+  }
+}
+inline VecI set1_s8(int x) {
+  VecI out;
+  for (std::uint32_t& lane : out.lane) lane = static_cast<std::uint32_t>(x);
+  return out;
+}
+inline VecI to_int(const VecF& a) {
+  VecI out;
+  for (int i = 0; i < kWidth; ++i)
+    out.lane[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(std::nearbyintf(a.lane[i])));
+  return out;
+}
+inline VecI add_int(VecI a, const VecI& b) {
+  for (int i = 0; i < kWidth; ++i) a.lane[i] += b.lane[i];
+  return a;
 }
 
 inline VecF set1(float x) {
