@@ -43,10 +43,12 @@ def _header(results: dict[str, Any]) -> str:
 
 def _comparison(results: dict[str, Any], baseline: dict[str, Any]) -> str:
     from pytablewriter import MarkdownTableWriter
+    from pytablewriter.typehint import String
 
     writer = MarkdownTableWriter(
         headers=["Tasks", "n-shot", "Metric", "", "Value", "", "Stderr", "Dense", "Difference"],
         value_matrix=list(_rows(results, baseline)),
+        type_hints=[String] * 9,
     )
     return str(writer.dumps())
 
