@@ -176,11 +176,11 @@ def test_states_that_do_not_fit_are_refused() -> None:
     state = layer_of(QuantSpec(4, 32)).state_dict()
     with pytest.raises(RuntimeError, match=r"weight_packed is torch.int32 \[43, 12\], but 8 bits of \[43, 96\]"):
         QLinear(96, 43, QuantSpec(8, 32)).load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Missing key.*weight_zero_point"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_zero_point"):
         QLinear(96, 43, QuantSpec(4, 32, False)).load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"weight_shape holds \[43, 95\]; this layer is \[43, 96\]"):
         QLinear(96, 43, QuantSpec(4, 32)).load_state_dict({**state, "weight_shape": torch.tensor([43, 95])})
-    with pytest.raises(RuntimeError, match="Unexpected key.*weight"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight"):
         QLinear(96, 43, QuantSpec(4, 32)).load_state_dict({**state, "weight": torch.zeros(43, 96)})
 
 
