@@ -95,7 +95,7 @@ def quantize_model_(
     specs = {name: spec.resolve(name, shapes[name][1]) for name in chosen}
     del linears
     before = _parameter_bytes(model)
-    with tqdm(total=len(chosen), desc="quantizing", unit="layer", disable=not progress) as bar:
+    with tqdm(total=len(chosen), desc="quantizing", unit="layer", delay=1, disable=not progress) as bar:
 
         def make(name: str, linear: nn.Linear) -> nn.Module:
             bar.update()
@@ -213,7 +213,7 @@ def _insert_packed(model: PreTrainedModel, folder: ModelFolder, packed: dict[str
         return layer
 
     ordered = sorted(packed, key=lambda name: folder.shard_of(f"{name}.weight_packed").path.name)
-    with tqdm(total=len(packed), desc="loading", unit="layer", leave=False) as bar:
+    with tqdm(total=len(packed), desc="loading", unit="layer", leave=False, delay=1) as bar:
         try:
             replace(model, ordered, make)
         except InputError as error:
