@@ -15,6 +15,7 @@ import qtale
 from eval_samples import byte_tokenizer, tiny_llama
 from pack_quantized_oracle import read_packed
 from qtale import QuantSpec
+from qtale.integrations.transformers import quantize_model_
 from qtale.nn import QLinear
 
 # Largest difference of a logit, as a share of the range of logits.
