@@ -19,6 +19,9 @@ from eval_samples import byte_tokenizer, tiny_llama, write_model
 from qtale.errors import CheckpointError, InputError, UnsupportedError
 from qtale.eval.perplexity import perplexity
 from qtale.integrations.lm_eval import QtaleLM
+from qtale.integrations.transformers import quantize_model_
+from qtale.nn import QLinear
+from qtale.spec import QuantSpec
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,6 +84,16 @@ def test_scores_equal_those_of_hflm_on_real_documents(qtale_data: Path) -> None:
     _assert_same(found, expected, 1e-3)
     # Shared tokens went through the model once.
     assert lm.tokens_done < 0.6 * sum(len(lm.tok_encode("".join(request.args))) for request in requests)
+
+
+@pytest.mark.parametrize("compute", ["int8", "float"])
+def test_quantized_models_share_prefixes_in_their_own_mode(compute: str) -> None:
+    model = tiny_llama()
+    quantize_model_(model, QuantSpec(4, 32), compute=compute, progress=False)
+    lm, found, expected = _both(model, _requests(PAIRS))
+    assert lm.shares_prefixes
+    assert {layer.compute for layer in model.modules() if isinstance(layer, QLinear)} == {compute}
+    _assert_same(found, expected, 1e-4 if compute == "float" else 0.05)
 
 
 def test_requests_that_are_too_long_are_cut_as_hflm_cuts_them() -> None:

@@ -3,6 +3,10 @@
 ``QtaleLM`` is the harness's own ``HFLM`` with one thing replaced: log-likelihood requests that begin alike (the choices
 of a question, the few-shot examples of a task) are read once, as a prefix tree. Tokenization, truncation, rolling
 windows, generation and every metric stay the harness's.
+
+Scores equal HFLM's to rounding. With ``compute="int8"`` rounding is coarser: activations that differ in their last
+digit may round to different 8-bit codes, so how requests are packed moves a score about as much as the mode itself
+does. The same run gives the same bits.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from tqdm.auto import tqdm
 
 from qtale.integrations.prefix_tree import PrefixTree, pack
 from qtale.integrations.scoring_model import load_model, load_tokenizer, model_dtype, spec_of
+from qtale.nn import QLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,12 +38,12 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Answer = tuple[float, bool]
 
 # Tokens a pass: enough rows to keep the kernels busy, few enough that attention over other questions stays cheap.
-TOKENS_PER_PASS = {"cpu": 512, "cuda": 4096}
+TOKENS_PER_PASS = {"cpu": 256, "cuda": 4096}
 _GENERATION_BATCH = 8
 _LOGIT_ROWS = 256
 _PROBED_REQUESTS = 4
-# Far above rounding (int8 activations and bfloat16 included), far below what a wrong mask or position does.
-_PROBE_TOLERANCE = 0.02
+# Far above rounding, far below what a wrong mask or position does; the second is for 16-bit models.
+_PROBE_TOLERANCE, _PROBE_TOLERANCE_16 = 1e-3, 0.02
 
 
 @register_model("qtale")
@@ -174,19 +179,35 @@ class QtaleLM(HFLM):  # type: ignore[misc]
         longest = max(range(len(tree.paths)), key=lambda index: len(tree.paths[index]))
         first = max(0, min(longest, len(tree.members) - _PROBED_REQUESTS))
         sample: list[Request] = [(None, *requests[i][1:]) for i in tree.members[first : first + _PROBED_REQUESTS]]
-        expected = super()._loglikelihood_tokens(sample, disable_tqdm=True)
         (small,) = pack([(context + continuation)[:-1] for _, context, continuation in sample], sys.maxsize)
         try:
-            found = self._score_tree(small, [sample[member] for member in small.members])
+            # Rounding activations to 8 bits magnifies differences of the last digit, which would drown others.
+            with _float_activations(self.model):
+                expected = super()._loglikelihood_tokens(sample, disable_tqdm=True)
+                found = self._score_tree(small, [sample[member] for member in small.members])
         except (RuntimeError, TypeError, ValueError) as error:
             logger.warning("this model takes no prefix trees (%s); every request runs alone, which is slower.", error)
             return False
         pairs = zip(found, (expected[member] for member in small.members), strict=True)
         worst = max(abs(one[0] - other[0]) / (1 + abs(other[0])) for one, other in pairs)
-        if not worst <= _PROBE_TOLERANCE:
+        tolerance = _PROBE_TOLERANCE if self.model.dtype == torch.float32 else _PROBE_TOLERANCE_16
+        if not worst <= tolerance:
             logger.warning("prefix trees change this model's scores (%.2g); every request runs alone, slower.", worst)
             return False
         return True
+
+
+@contextlib.contextmanager
+def _float_activations(model: PreTrainedModel) -> Iterator[None]:
+    layers = [layer for layer in model.modules() if isinstance(layer, QLinear)]
+    modes = [layer.compute for layer in layers]
+    try:
+        for layer in layers:
+            layer.compute = "float"
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.compute = mode
 
 
 @contextlib.contextmanager
