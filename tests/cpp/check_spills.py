@@ -1,7 +1,7 @@
-"""The innermost loops of the micro-kernels may not store vectors on the stack, nor load many from there.
+"""The innermost loops of the micro-kernels keep to vector registers.
 
-Some compilers spill accumulators when they inline or hoist, which costs half the speed and fails no other test. A few
-loads are constants that found no register.
+Some compilers spill accumulators when they inline or hoist, which costs half the speed and fails no other test. A
+constant that found no register, or one value out and back, hides behind the multiplications and is let pass.
 Functions are the tile_... of kernels_avx2 and kernels_avx512; loops are backward jumps over one basic block that holds
 a multiplication. A function without such a loop fails too: then this script no longer sees what it has to watch.
 """
@@ -24,9 +24,8 @@ MULTIPLY = re.compile(r"^vpdpbusd|^vpdpwssd|^vpmaddubsw|^vpmaddwd|^vfn?m(?:add|s
 VECTOR = re.compile(r"%[xyz]mm\d+")
 STACK = re.compile(r"\(%rsp[,)]")
 FRAME = re.compile(r"\(%rbp[,)]")
-STORE = re.compile(r"\(%r[sb]p[^)]*\)$")
-MAX_LOADS = 0.02  # of the instructions of a loop
 FRAME_POINTER = re.compile(r"^(?:mov\s+%rsp,%rbp|lea\s+\S*\(%rsp\),%rbp)")
+MAX_SHARE = 0.03  # of the instructions of a loop
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Loop:
 
     @property
     def bad(self) -> bool:
-        stores = any(STORE.search(line.text) for line in self.spills)
-        return not self.body or stores or len(self.spills) > MAX_LOADS * len(self.body)
+        return not self.body or len(self.spills) > MAX_SHARE * len(self.body)
 
 
 def functions(objdump: str, path: Path) -> Iterator[tuple[str, list[Instruction]]]:

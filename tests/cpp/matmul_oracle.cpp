@@ -42,7 +42,8 @@ Rounded round_activations(const Activations& x) {
   return out;
 }
 
-// Sum of integer products per run of inputs that share both scales; the bound counts one rounding per run.
+// Sum of integer products per run of inputs that share both scales. Integer sums are exact; the bound counts a rounding
+// per 32 inputs, of products of unsigned codes (code + 2^(b-1)), as kernels may subtract what is too much afterwards.
 void add_int8(const Weight& w, const Activations& x, const Rounded& r, std::int64_t m, std::int64_t n, double& y,
               double& magnitude) {
   const std::int64_t group = w.shape.k / w.shape.groups, act_groups = (x.k + kActGroup - 1) / kActGroup;
@@ -51,18 +52,17 @@ void add_int8(const Weight& w, const Activations& x, const Rounded& r, std::int6
     const double scale = double{w.scale_of(n, k)} * r.scales[m * act_groups + k / kActGroup];
     std::int64_t sum = 0, absolute = 0;
     for (; k < end; ++k) {
-      const std::int64_t product = std::int64_t{w.level(n, k)} * r.codes[m * x.k + k];
-      sum += product;
-      absolute += std::abs(product);
+      const std::int64_t code = r.codes[m * x.k + k], level = w.level(n, k);
+      sum += level * code;
+      absolute += (std::abs(level) + (1 << w.shape.bits)) * std::abs(code);
     }
     y += static_cast<double>(sum) * scale;
-    // Integer sums are exact, so rounding scales with the sums of blocks; kernels may take blocks of 32.
     magnitude += static_cast<double>(absolute) * scale;
   }
 }
 
-// Kernels multiply by unsigned codes (code + 2^(b-1)) and subtract what is too much, so those products are the ones
-// that round; and they move activations by up to 30 binary places, which those below 2^-96 feel.
+// Here, too, products of unsigned codes are the ones that round; and kernels move activations by up to 30 binary
+// places, which those below 2^-96 feel.
 void add_float(const Weight& w, const Activations& x, std::int64_t m, std::int64_t n, double& y, double& magnitude) {
   for (std::int64_t k = 0; k < x.k; ++k) {
     const double input = x.get(m, k), scale = w.scale_of(n, k);
