@@ -38,12 +38,12 @@ inline std::uint32_t find_magnitude(const std::uint16_t* p, std::int64_t count) 
   return reduce_max_bits16(magnitude);
 }
 
-struct Range {
+struct GroupRange {
   float lo, hi;
 };
 
 template <class E>
-inline Range find_range(const typename E::T* p, std::int64_t count) {
+inline GroupRange find_range(const typename E::T* p, std::int64_t count) {
   VecF lo = set1(0.0f), hi = set1(0.0f);
   std::int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) {
@@ -60,7 +60,7 @@ inline Range find_range(const typename E::T* p, std::int64_t count) {
 }
 
 // Parameters of neighbouring groups, whose divisions and conversions are done together.
-struct Params {
+struct GroupParams {
   std::int64_t first = 0, count = 0;  // groups, counted through all rows
   alignas(64) std::uint32_t magnitude[kWidth] = {};
   alignas(64) float lo[kWidth] = {};
@@ -72,11 +72,11 @@ struct Params {
 
 // Walks through the groups of a weight whose rows need not be adjacent.
 template <class E>
-struct Cursor {
+struct GroupCursor {
   const typename E::T* p;
   std::int64_t left;  // groups of the row from here on
 
-  Cursor(const QuantizeArgs& a, std::int64_t row)
+  GroupCursor(const QuantizeArgs& a, std::int64_t row)
       : p(static_cast<const typename E::T*>(a.weight.data) + row * a.weight.stride), left(a.groups) {}
 
   const typename E::T* take(const QuantizeArgs& a) {
@@ -91,17 +91,17 @@ struct Cursor {
 };
 
 template <class E, bool Symmetric>
-inline void measure_group(const typename E::T* p, std::int64_t count, Params& params, std::int64_t i) {
+inline void measure_group(const typename E::T* p, std::int64_t count, GroupParams& params, std::int64_t i) {
   params.magnitude[i] = find_magnitude(p, count);
   if constexpr (!Symmetric) {
-    const Range range = find_range<E>(p, count);
+    const GroupRange range = find_range<E>(p, count);
     params.lo[i] = range.lo;
     params.wanted[i] = range.hi - range.lo;
   }
 }
 
 template <class E>
-inline VecF magnitudes(const Params& params) {
+inline VecF magnitudes(const GroupParams& params) {
   typename E::T stored[kWidth];
   if constexpr (std::is_same_v<E, F32>) {
     std::memcpy(stored, params.magnitude, sizeof stored);
@@ -112,7 +112,7 @@ inline VecF magnitudes(const Params& params) {
 }
 
 // The first of the groups in use whose value is no finite number, or -1.
-inline std::int64_t find_overflow(const Params& params, VecF values) {
+inline std::int64_t find_overflow(const GroupParams& params, VecF values) {
   constexpr std::uint32_t kInf = 0x7f800000u;
   if (reduce_max_bits(abs_bits(values)) < kInf) return -1;
   float each[kWidth];
@@ -124,7 +124,7 @@ inline std::int64_t find_overflow(const Params& params, VecF values) {
 
 // Rounds the scales to their dtype, stores those that are in use and keeps all as stored.
 template <class E>
-inline void store_scales(Params& params, void* scale, float tiny) {
+inline void store_scales(GroupParams& params, void* scale, float tiny) {
   typename E::T stored[kWidth];
   E::store(stored, load_f32(params.wanted));
   store_f32(params.scale, E::load(stored));
@@ -135,7 +135,7 @@ inline void store_scales(Params& params, void* scale, float tiny) {
 
 // From measurements to parameters; returns the first group that holds NaN or inf or overflows its scale, or -1.
 template <class E, bool Symmetric>
-inline std::int64_t choose_params(const QuantizeArgs& a, Params& params) {
+inline std::int64_t choose_params(const QuantizeArgs& a, GroupParams& params) {
   const float levels = static_cast<float>((1 << a.num_bits) - 1), half = static_cast<float>(1 << (a.num_bits - 1));
   const VecF magnitude = magnitudes<E>(params);
   const std::int64_t unusable = find_overflow(params, magnitude);
@@ -157,11 +157,11 @@ inline std::int64_t choose_params(const QuantizeArgs& a, Params& params) {
   return find_overflow(params, load_f32(params.scale));
 }
 
-struct Coder {
+struct GroupCoder {
   VecF inverse, zero, low, high;
   VecI low_byte, high_byte;
 
-  explicit Coder(int num_bits)
+  explicit GroupCoder(int num_bits)
       : low(set1(-static_cast<float>(1 << (num_bits - 1)))),
         high(set1(static_cast<float>((1 << (num_bits - 1)) - 1))),
         low_byte(set1_s8(-(1 << (num_bits - 1)))),
@@ -175,7 +175,7 @@ struct Coder {
 };
 
 template <class E, bool Symmetric, bool Stream>
-inline void code_group(const Coder& coder, const typename E::T* p, std::int64_t count, std::int8_t* codes) {
+inline void code_group(const GroupCoder& coder, const typename E::T* p, std::int64_t count, std::int8_t* codes) {
   const VecI zero = to_int(coder.zero);
   // The group's own scale keeps these products far inside int32, so they are clamped as bytes.
   const auto at = [&](std::int64_t i) {
@@ -199,10 +199,10 @@ constexpr std::int64_t kBatchInputs = 2048;
 template <class E, bool Symmetric, bool Stream>
 std::int64_t quantize_groups(const QuantizeArgs& a, std::int64_t begin, std::int64_t end) {
   const std::int64_t fitting = kBatchInputs / (a.group_size + 1) + 1, batch = min64(fitting, kWidth);
-  Params params[2];
-  Params *now = &params[0], *next = &params[1];
-  Cursor<E> measuring(a, begin), coding(a, begin);
-  Coder coder(a.num_bits);
+  GroupParams params[2];
+  GroupParams *now = &params[0], *next = &params[1];
+  GroupCursor<E> measuring(a, begin), coding(a, begin);
+  GroupCoder coder(a.num_bits);
   next->first = begin * a.groups;
   do {
     next->count = min64(batch, end * a.groups - next->first);
@@ -215,7 +215,7 @@ std::int64_t quantize_groups(const QuantizeArgs& a, std::int64_t begin, std::int
     }
     const std::int64_t unusable = choose_params<E, Symmetric>(a, *next);
     if (unusable >= 0) return unusable;
-    Params* const measured = next;
+    GroupParams* const measured = next;
     next = now;
     now = measured;
     next->first = now->first + now->count;
@@ -269,7 +269,7 @@ void dequantize_rows(const DequantizeArgs& a, std::int64_t begin, std::int64_t e
 }
 
 void fake_quantize_rows(const FakeQuantizeArgs& a, std::int64_t begin, std::int64_t end) {
-  Coder coder(a.num_bits);
+  GroupCoder coder(a.num_bits);
   with_type(a.x.dtype, [&](auto element) {
     using E = decltype(element);
     for (std::int64_t r = begin; r < end; ++r) {
