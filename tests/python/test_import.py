@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import run_python
 
 import qtale
+from tiny_models import run_python
 
 HEAVY = {"torch", "transformers", "lm_eval", "datasets", "accelerate", "huggingface_hub", "numpy", "tokenizers"}
 

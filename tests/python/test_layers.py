@@ -56,7 +56,7 @@ def test_imports_point_downwards(path: Path) -> None:
 
 
 def test_the_check_sees_every_way_to_import() -> None:
-    source = "import qtale.cli.main\ndef f():\n    from qtale.eval import run\n    from qtale import doctor, __version__\n"
+    source = "import qtale.cli.main\ndef f():\n    from qtale.eval import run\nfrom qtale import doctor, __version__\n"
     assert imported_parts(source) == {"cli", "eval", "doctor"}
     assert imported_parts("import numpy\nfrom qtale import QuantSpec") == set()
 
