@@ -14,52 +14,133 @@ std::int64_t fitting_block(std::int64_t group_size) {
   return kPadK;
 }
 
-// Calls fn(byte offset, bit, bit count, first bit of the value) for each piece of the code at (row, k) of a block.
+constexpr std::uint32_t kEach = 0x01010101u;  // times a byte: that byte four times
+
+std::uint32_t load_word(const std::uint8_t* p) {
+  std::uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+void store_word(std::uint8_t* p, std::uint32_t word) { std::memcpy(p, &word, sizeof word); }
+
+// Where a quad (the codes of one row at k = 4q to 4q + 3, in the four bytes of a word) lies in a block.
+template <int Bits, int Rows>
+struct Format {
+  static constexpr std::uint32_t kOffset = Bits == 8 && Rows == 16 ? 0 : 1u << (Bits - 1);
+  static constexpr bool kBitPlane = Bits == 3 && Rows == 64;  // the high bits lie apart, four to a row and quad
+  static constexpr std::int64_t kLine = Rows * 4;
+
+  // Calls fn(byte offset of the row's word, bit, bit count, first bit of the value) for each piece in whole words.
+  template <class Fn>
+  static void for_each_piece(std::int64_t row, std::int64_t q, Fn&& fn) {
+    const std::int64_t lane = row * 4;
+    const int part = static_cast<int>(q % 8);
+    if constexpr (Bits == 8) {
+      fn(q * kLine + lane, 0, 8, 0);
+    } else if constexpr (Bits == 4) {
+      fn(q / 2 * kLine + lane, part % 2 * 4, 4, 0);
+    } else if constexpr (Bits == 2) {
+      fn(q / 4 * kLine + lane, part % 4 * 2, 2, 0);
+    } else if constexpr (kBitPlane) {
+      fn(q / 4 * (kLine + kLine / 2) + lane, part % 4 * 2, 2, 0);
+    } else {
+      const std::int64_t at = q / 8 * 3 * kLine + lane;
+      if (part < 6) return fn(at + part / 2 * kLine, part % 2 * 3, 3, 0);
+      fn(at + (part - 6) * kLine, 6, 2, 0);
+      fn(at + 2 * kLine, part, 1, 2);
+    }
+  }
+  // The byte that holds a quad's high bits, those of odd rows in its upper half.
+  static std::int64_t plane_byte(std::int64_t row, std::int64_t q) {
+    return q / 4 * (kLine + kLine / 2) + kLine + q % 4 * (kLine / 8) + row / 2;
+  }
+
+  static void put(std::uint8_t* block, std::int64_t row, std::int64_t q, std::uint32_t codes) {
+    const std::uint32_t value = (codes ^ (kOffset * kEach)) & (((1u << Bits) - 1u) * kEach);
+    for_each_piece(row, q, [&](std::int64_t byte, int bit, int count, int first) {
+      const std::uint32_t piece = (value >> first) & (((1u << count) - 1u) * kEach);
+      store_word(block + byte, load_word(block + byte) | (piece << bit));
+    });
+    if constexpr (kBitPlane) {
+      const std::uint32_t high = ((value >> 2) & kEach) * 0x10204080u >> 28;  // bit 8j to bit j
+      std::uint8_t& byte = block[plane_byte(row, q)];
+      byte = static_cast<std::uint8_t>(byte | high << (row % 2 * 4));
+    }
+  }
+
+  static std::uint32_t get(const std::uint8_t* block, std::int64_t row, std::int64_t q) {
+    std::uint32_t value = 0;
+    for_each_piece(row, q, [&](std::int64_t byte, int bit, int count, int first) {
+      value |= ((load_word(block + byte) >> bit) & (((1u << count) - 1u) * kEach)) << first;
+    });
+    if constexpr (kBitPlane) {
+      const std::uint32_t high = (block[plane_byte(row, q)] >> (row % 2 * 4)) & 15u;
+      value |= (high * 0x00204081u & kEach) << 2;  // bit j to bit 8j
+    }
+    if constexpr (Bits == 8) return value ^ (kOffset * kEach);
+    return ((value | (0x80u * kEach)) - kOffset * kEach) ^ (0x80u * kEach);  // four subtractions without borrow
+  }
+};
+
 template <class Fn>
-void for_each_piece(const Layout& l, std::int64_t row, std::int64_t k, Fn&& fn) {
-  const std::int64_t step_bytes = l.panel_rows * 4;
-  const std::int64_t lane = row * 4 + k % 4;
+auto with_format(const Layout& l, Fn&& fn) {
+  const bool wide = l.panel_rows == 64;
   switch (l.num_bits) {
-    case 8: return fn(k / 4 * step_bytes + lane, 0, 8, 0);
-    case 4: return fn(k / 8 * step_bytes + lane, static_cast<int>(k / 4 % 2 * 4), 4, 0);
-    case 2: return fn(k / 16 * step_bytes + lane, static_cast<int>(k / 4 % 4 * 2), 2, 0);
-    default: break;
+    case 2:
+      return wide ? fn(Format<2, 64>{}) : fn(Format<2, 16>{});
+    case 3:
+      return wide ? fn(Format<3, 64>{}) : fn(Format<3, 16>{});
+    case 4:
+      return wide ? fn(Format<4, 64>{}) : fn(Format<4, 16>{});
+    default:
+      return wide ? fn(Format<8, 64>{}) : fn(Format<8, 16>{});
   }
-  if (l.panel_rows == 64) {
-    const int field = static_cast<int>(k / 4 % 4);
-    const std::int64_t step = k / 16 * (step_bytes + step_bytes / 2);
-    fn(step + lane, field * 2, 2, 0);
-    return fn(step + step_bytes + field * step_bytes / 8 + lane / 8, static_cast<int>(lane % 8), 1, 2);
+}
+
+constexpr std::int64_t kQuadsPerLine = 8;  // at most; unrolled, so that words are written once
+
+// One row of a block: `count` codes, then zeros up to `padded`, a multiple of 32.
+template <class F>
+void put_row(F, std::uint8_t* block, std::int64_t row, const std::int8_t* codes, std::int64_t count,
+             std::int64_t padded) {
+  std::int8_t rest[kPadK];
+  for (std::int64_t k = 0; k < padded; k += 4 * kQuadsPerLine) {
+    const std::int8_t* from = codes + k;
+    if (count - k < kPadK) {
+      std::fill(rest, rest + kPadK, std::int8_t{0});
+      if (count > k) std::copy(codes + k, codes + count, rest);
+      from = rest;
+    }
+    std::uint32_t quads[kQuadsPerLine];
+    std::memcpy(quads, from, sizeof quads);
+#pragma GCC unroll 8
+    for (std::int64_t q = 0; q < kQuadsPerLine; ++q) F::put(block, row, k / 4 + q, quads[q]);
   }
-  const std::int64_t at = k / 32 * 3 * step_bytes + lane;
-  const std::int64_t quad = k / 4 % 8;
-  if (quad < 6) return fn(at + quad / 2 * step_bytes, static_cast<int>(quad % 2 * 3), 3, 0);
-  fn(at + (quad - 6) * step_bytes, 6, 2, 0);
-  fn(at + 2 * step_bytes, static_cast<int>(quad), 1, 2);
+}
+
+template <class F>
+void get_row(F, const std::uint8_t* block, std::int64_t row, std::int8_t* codes, std::int64_t count) {
+  std::uint32_t quads[kQuadsPerLine];
+  for (std::int64_t k = 0; k < count; k += 4 * kQuadsPerLine) {
+#pragma GCC unroll 8
+    for (std::int64_t q = 0; q < kQuadsPerLine; ++q) quads[q] = F::get(block, row, k / 4 + q);
+    std::memcpy(codes + k, quads, static_cast<std::size_t>(std::min(count - k, kPadK)));
+  }
 }
 
 // A matrix without inputs has no blocks, but one scale per row all the same.
 std::int64_t param_blocks(const Layout& l) { return std::max<std::int64_t>(l.blocks, 1); }
 
-int code_offset(const Layout& l) { return l.num_bits == 8 && l.panel_rows != 64 ? 0 : 1 << (l.num_bits - 1); }
-
-void put_code(const Layout& l, std::uint8_t* block, std::int64_t row, std::int64_t k, int code) {
-  const unsigned value = static_cast<unsigned>(code + code_offset(l));
-  for_each_piece(l, row, k, [&](std::int64_t byte, int bit, int count, int first) {
-    const unsigned mask = (1u << count) - 1u;
-    block[byte] = static_cast<std::uint8_t>(block[byte] | (((value >> first) & mask) << bit));
-  });
-}
-
 }  // namespace
 
 int code_at(const Layout& l, const std::uint8_t* block, std::int64_t row, std::int64_t k) {
-  unsigned value = 0;
-  for_each_piece(l, row, k, [&](std::int64_t byte, int bit, int count, int first) {
-    value |= ((static_cast<unsigned>(block[byte]) >> bit) & ((1u << count) - 1u)) << first;
+  return with_format(l, [&](auto format) {
+    return static_cast<int>(static_cast<std::int8_t>(decltype(format)::get(block, row, k / 4) >> (k % 4 * 8)));
   });
-  if (code_offset(l) == 0) return static_cast<std::int8_t>(value);
-  return static_cast<int>(value) - code_offset(l);
+}
+
+void read_row(const Layout& l, const std::uint8_t* block, std::int64_t row, std::int64_t count, std::int8_t* codes) {
+  with_format(l, [&](auto format) { get_row(format, block, row, codes, count); });
 }
 
 Layout make_layout(int panel_rows, int num_bits, std::int64_t n, std::int64_t k, std::int64_t groups, bool symmetric,
@@ -101,10 +182,12 @@ void fill_panels(const Layout& l, const std::int8_t* codes, const void* scale, c
       std::uint8_t* params = base + l.param_offset(b);
       const std::int64_t k0 = b * l.block_k;
       const std::int64_t group = l.per_channel ? 0 : k0 / l.group_size;
+      const std::int64_t count = std::min(l.block_size(b), l.k - k0);
+      with_format(l, [&](auto format) {
+        for (std::int64_t r = 0; r < rows; ++r)
+          put_row(format, block, r, codes + (first + r) * l.k + k0, count, l.block_size(b));
+      });
       for (std::int64_t r = 0; r < rows; ++r) {
-        const std::int8_t* row = codes + (first + r) * l.k;
-        for (std::int64_t i = 0; i < l.block_size(b); ++i)
-          put_code(l, block, r, i, k0 + i < l.k ? row[k0 + i] : 0);
         const std::int64_t at = (first + r) * l.groups + group;
         std::memcpy(params + r * item, scales + at * item, static_cast<std::size_t>(item));
         if (!l.symmetric) params[l.scale_bytes + r] = static_cast<std::uint8_t>(zero_point[at]);
@@ -125,11 +208,12 @@ void read_panels(const Layout& l, const std::uint8_t* data, std::int64_t begin, 
       const std::uint8_t* params = base + l.param_offset(b);
       const std::int64_t k0 = b * l.block_k;
       const std::int64_t group = l.per_channel ? 0 : k0 / l.group_size;
+      const std::int64_t count = std::min(l.block_size(b), l.k - k0);
+      with_format(l, [&](auto format) {
+        for (std::int64_t r = 0; r < rows; ++r)
+          get_row(format, base + l.block_offset(b), r, codes + (first + r) * l.k + k0, count);
+      });
       for (std::int64_t r = 0; r < rows; ++r) {
-        std::int8_t* row = codes + (first + r) * l.k;
-        const std::int64_t count = std::min(l.block_size(b), l.k - k0);
-        for (std::int64_t i = 0; i < count; ++i)
-          row[k0 + i] = static_cast<std::int8_t>(code_at(l, base + l.block_offset(b), r, i));
         const std::int64_t at = (first + r) * l.groups + group;
         std::memcpy(scales + at * item, params + r * item, static_cast<std::size_t>(item));
         if (!l.symmetric) zero_point[at] = static_cast<std::int8_t>(params[l.scale_bytes + r]);

@@ -62,6 +62,9 @@ Layout make_layout(int panel_rows, int num_bits, std::int64_t n, std::int64_t k,
 
 // The code of panel row `row` and input `k` of a block that starts at `block`.
 int code_at(const Layout& layout, const std::uint8_t* block, std::int64_t row, std::int64_t k);
+// The codes of its first `count` inputs.
+void read_row(const Layout& layout, const std::uint8_t* block, std::int64_t row, std::int64_t count,
+              std::int8_t* codes);
 
 // Moves codes and parameters of panels [begin, end) into and out of the layout; scales keep their bits.
 void fill_panels(const Layout& layout, const std::int8_t* codes, const void* scale, const std::int8_t* zero_point,

@@ -11,9 +11,12 @@ void unpack_block(const Layout& l, const std::uint8_t* panel, std::int64_t b, st
   const std::uint8_t* block = panel + l.block_offset(b);
   const auto* zero = reinterpret_cast<const std::int8_t*>(panel + l.param_offset(b) + l.scale_bytes);
   const std::int64_t size = l.block_size(b);
-  for (std::int64_t k = 0; k < size; ++k)
-    for (int r = 0; r < kRows; ++r)
-      out[k][r] = static_cast<std::int16_t>(code_at(l, block, r, k) - (l.symmetric ? 0 : zero[r]));
+  std::int8_t row[kActGroup];
+  for (int r = 0; r < kRows; ++r) {
+    read_row(l, block, r, size, row);
+    const int z = l.symmetric ? 0 : zero[r];
+    for (std::int64_t k = 0; k < size; ++k) out[k][r] = static_cast<std::int16_t>(row[k] - z);
+  }
 }
 
 void load_scales(const Layout& l, const std::uint8_t* panel, std::int64_t b, float* out) {
