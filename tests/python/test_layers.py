@@ -1,4 +1,4 @@
-"""The package's layers: a file imports only from its own level or lower ones, wherever in the file the import stands."""
+"""The package's layers: a file imports only from its own level or lower ones, wherever the import stands."""
 
 from __future__ import annotations
 
