@@ -1,8 +1,7 @@
 // x86-64 with AVX2, FMA and F16C.
 #include "cpu/vec_avx2.h"
 
-#include "cpu/matmul_avx2_float.inl"
-#include "cpu/matmul_avx2_int8.inl"
+#include "cpu/matmul_avx2.inl"
 
 namespace qtale::cpu {
 
@@ -12,8 +11,8 @@ const KernelTable avx2_table = {
     quantize_rows,
     dequantize_rows,
     fake_quantize_rows,
-    {int8_acts_bytes, prepare_int8_acts, run_tiles<Int8Mode>, kTile},
-    {float_acts_bytes, prepare_float_acts, run_tiles<FloatMode>, kTile},
+    {acts_bytes<false>, prepare_acts<false>, run_rows<false>, kTile},
+    {acts_bytes<true>, prepare_acts<true>, run_rows<true>, kTile},
 };
 
 }  // namespace qtale::cpu

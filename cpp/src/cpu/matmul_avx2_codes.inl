@@ -1,10 +1,20 @@
 // Codes of 16-row panels as AVX2 multiplies them, and the multiply-add of one activation row.
 #pragma once
 
-#include "cpu/matmul_avx2.inl"
+#include "cpu/matmul_avx2_acts.inl"
 
 namespace qtale::cpu {
 namespace {
+
+#define QTALE_UNROLL _Pragma("GCC unroll 16")
+#define QTALE_INLINE __attribute__((always_inline)) inline
+
+constexpr int kRows = 16;
+constexpr int kPrefetch = 2048;  // bytes ahead in each stream
+
+QTALE_INLINE __m256i load_line(const std::uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 
 template <std::uint32_t Value>
 struct Words {
@@ -41,8 +51,8 @@ QTALE_INLINE __m256i line_bits(const std::uint8_t* p) {
 }
 
 // A form reads `kInputs` inputs from `kBytes` bytes as `kFields` pairs of registers (panel rows 0-7 and 8-15), each of
-// which meets one 32-bit word of an activation row. Narrow forms give unsigned bytes for signed bytes, wide forms give
-// 16-bit numbers, 256 times a signed code, for 16-bit activations.
+// which meets one 32-bit word of an activation row: unsigned bytes meet signed bytes, and in wide forms 16-bit numbers
+// meet 16-bit numbers. field() is the order in which fields are taken.
 template <int Bits>
 struct Codes;
 
@@ -95,8 +105,8 @@ struct Codes<8> {
   static constexpr int field(int place) { return place; }
   template <int Field, bool Full>
   static QTALE_INLINE __m256i get(const std::uint8_t* w, int half) {
-    if constexpr (Field == 1) return line_bits<Full, 0, 0xff00ff00>(w + 32 * half);
-    return _mm256_slli_epi16(load_line(w + 32 * half), 8);
+    const __m256i line = load_line(w + 32 * half);
+    return _mm256_srai_epi16(Field == 0 ? _mm256_slli_epi16(line, 8) : line, 8);
   }
 };
 

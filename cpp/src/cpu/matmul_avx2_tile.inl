@@ -1,0 +1,238 @@
+// The micro-kernel of the AVX2 tier: up to six rows of activation codes times one panel, or fewer rows times several.
+// Codes of up to 4 bits stay unsigned: products with signed bytes fit 16 bits, and their sums may wrap, because lanes
+// start at minus the code offset times their activations and a flush ends before |sum| > 32767. 8-bit codes are
+// multiplied as 16-bit numbers.
+#pragma once
+
+#include "cpu/matmul_avx2_codes.inl"
+
+namespace qtale::cpu {
+namespace {
+
+constexpr int kTile = 6;  // rows: twelve accumulators leave room for two weights, a broadcast and a product
+
+// Rows from `row` on times blocks [begin, end) of one panel, or of several panels `stream` bytes apart. Sums are added
+// to out [streams][rows][16]; part, as large, holds those of an unfinished activation group.
+struct Tile {
+  const Layout* layout;
+  const Acts* acts;
+  std::int64_t row;
+  const std::uint8_t* panel;
+  std::int64_t stream;
+  std::int64_t begin, end;
+  std::uint8_t* kept;         // unpacked codes of the blocks and
+  float* kept_scales;         // [blocks][16] their scales, for the other tiles of the same panel
+  const std::uint8_t* ahead;  // what tiles that read kept codes prefetch,
+  std::int64_t ahead_step;    // and how far that goes on for every 128 bytes of kept codes
+  float* part;
+  float* out;
+};
+
+using TileFn = void (*)(const Tile&);
+
+// Where a tile is: everything moves on from flush to flush, a flush being the inputs of one set of accumulators.
+struct Cursor {
+  const std::uint8_t* codes;
+  std::uint8_t* kept;
+  const std::uint8_t* ahead;
+  const std::uint8_t* params;  // scales and zero points of the block
+  float* kept_scales;
+  RowPointers rows;
+  const std::int32_t* starts;
+  const float* sums;
+  const float* input_scales;
+  std::int64_t in_group;  // inputs of the activation group so far
+};
+
+// Scales of panel rows 8 * half to 8 * half + 7.
+QTALE_INLINE __m256 load_scales(const std::uint8_t* p, DType dtype, int half) {
+  if (dtype == DType::f16) return load_f16(reinterpret_cast<const std::uint16_t*>(p) + 8 * half);
+  if (dtype == DType::bf16) return load_bf16(reinterpret_cast<const std::uint16_t*>(p) + 8 * half);
+  return load_f32(reinterpret_cast<const float*>(p) + 8 * half);
+}
+
+template <class C, int T, int S, int Field, int Row = 0>
+QTALE_INLINE void multiply_rows(__m256i (&acc)[S][T][2], int s, __m256i w0, __m256i w1, const RowPointers& rows) {
+  multiply_add<C::kWide, Row, 4 * Field>(acc[s][Row][0], acc[s][Row][1], w0, w1, rows);
+  if constexpr (Row + 1 < T) multiply_rows<C, T, S, Field, Row + 1>(acc, s, w0, w1, rows);
+}
+
+// Fields of one step of stream s, from the one that comes at place `At` on.
+template <class C, int T, int S, bool Keep, int At = 0>
+QTALE_INLINE void multiply_fields(__m256i (&acc)[S][T][2], int s, const std::uint8_t* w, const RowPointers& rows,
+                                  std::uint8_t* kept) {
+  constexpr bool kFull = T * S > 4;
+  constexpr int kField = C::field(At);
+  // Hides that fields share lines: keeping those in registers would push sums out.
+  if constexpr (kFull) asm volatile("" : "+r"(w));
+  const __m256i w0 = C::template get<kField, kFull>(w, 0), w1 = C::template get<kField, kFull>(w, 1);
+  if constexpr (Keep) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(kept + 64 * kField), w0);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(kept + 64 * kField + 32), w1);
+  }
+  multiply_rows<C, T, S, kField>(acc, s, w0, w1, rows);
+  if constexpr (At + 1 < C::kFields) multiply_fields<C, T, S, Keep, At + 1>(acc, s, w, rows, kept);
+}
+
+template <class C, bool Keep>
+QTALE_INLINE __m256 block_scales(const Layout& l, const Cursor& at, std::int64_t stream, int half) {
+  if constexpr (C::kKept) return _mm256_load_ps(at.kept_scales + 8 * half);
+  const __m256 scales = l.per_channel ? set1(1.0f) : load_scales(at.params + stream, l.scale_dtype, half);
+  if constexpr (Keep) _mm256_store_ps(at.kept_scales + 8 * half, scales);
+  return scales;
+}
+
+// Adds one flush to the part of its activation group, or, where that ends, to the outputs.
+template <class C, int T, int S, bool Keep, bool First, bool Last, bool Zeros>
+QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Cursor& at, __m256i (&acc)[S][T][2]) {
+  QTALE_UNROLL for (int s = 0; s < S; ++s) QTALE_UNROLL for (int half = 0; half < 2; ++half) {
+    const __m256 scale = block_scales<C, Keep>(l, at, s * t.stream, half);
+    const auto* zero_points = reinterpret_cast<const std::int8_t*>(at.params + s * t.stream + l.scale_bytes);
+    const __m256 zeros = Zeros ? load_s8(zero_points + 8 * half) : _mm256_setzero_ps();
+    QTALE_UNROLL for (int m = 0; m < T; ++m) {
+      const __m256i sum = C::kWide ? acc[s][m][half] : _mm256_madd_epi16(acc[s][m][half], _mm256_set1_epi16(1));
+      __m256 value = _mm256_cvtepi32_ps(sum);
+      if constexpr (Zeros) value = _mm256_fnmadd_ps(zeros, _mm256_broadcast_ss(at.sums + m), value);
+      const int to = (s * T + m) * kRows + 8 * half;
+      value = First ? _mm256_mul_ps(value, scale) : _mm256_fmadd_ps(value, scale, _mm256_load_ps(t.part + to));
+      if constexpr (Last)
+        value = _mm256_fmadd_ps(value, _mm256_broadcast_ss(at.input_scales + m), _mm256_load_ps(t.out + to));
+      _mm256_store_ps((Last ? t.out : t.part) + to, value);
+    }
+  }
+}
+
+template <class C, int T, int S, bool Keep, bool Zeros>
+QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Cursor& at, bool last, __m256i (&acc)[S][T][2]) {
+  if (at.in_group == 0) {
+    last ? end_flush<C, T, S, Keep, true, true, Zeros>(t, l, at, acc)
+         : end_flush<C, T, S, Keep, true, false, Zeros>(t, l, at, acc);
+  } else {
+    last ? end_flush<C, T, S, Keep, false, true, Zeros>(t, l, at, acc)
+         : end_flush<C, T, S, Keep, false, false, Zeros>(t, l, at, acc);
+  }
+}
+
+template <class C, int T, int S, bool Keep>
+QTALE_INLINE void multiply_steps(const Tile& t, Cursor& at, std::int64_t steps, __m256i (&acc)[S][T][2]) {
+#pragma GCC unroll 1
+  for (; steps > 0; --steps) {
+    if constexpr (C::kKept) {
+      _mm_prefetch(reinterpret_cast<const char*>(at.ahead), _MM_HINT_T0);
+      at.ahead += t.ahead_step;
+    } else {
+      prefetch_lines<C::kBytes / 64, S>(at.codes, t.stream);
+    }
+    QTALE_UNROLL for (int s = 0; s < S; ++s)
+      multiply_fields<C, T, S, Keep>(acc, s, at.codes + s * t.stream, at.rows, at.kept);
+    at.codes += C::kBytes;
+    at.rows.first += 4 * C::kFields;
+    at.rows.fourth += 4 * C::kFields;
+    if constexpr (Keep) at.kept += 64 * C::kFields;
+  }
+  // Keeps the loads of scales and sums out of the loop, where every register is taken.
+  asm volatile("" ::: "memory");
+}
+
+template <class C, int T, int S, bool Keep>
+QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Cursor& at, std::int64_t count,
+                        bool last) {
+  __m256i acc[S][T][2];
+  QTALE_UNROLL for (int m = 0; m < T; ++m) {
+    const __m256i start = _mm256_set1_epi32(at.starts[m]);
+    QTALE_UNROLL for (int s = 0; s < S; ++s) acc[s][m][0] = acc[s][m][1] = start;
+  }
+  multiply_steps<C, T, S, Keep>(t, at, count / C::kInputs, acc);
+  if (l.symmetric)
+    end_flush<C, T, S, Keep, false>(t, l, at, last, acc);
+  else
+    end_flush<C, T, S, Keep, true>(t, l, at, last, acc);
+  at.starts += acts.rows;
+  at.sums += acts.rows;
+  at.in_group += count;
+  if (last) {
+    at.in_group = 0;
+    at.input_scales += acts.rows;
+  }
+}
+
+Cursor first_cursor(const Tile& t, bool kept) {
+  const Layout& l = *t.layout;
+  const Acts& acts = *t.acts;
+  const std::int64_t k = t.begin * l.block_k, index = k / acts.flush;
+  const std::byte* row = acts.codes + t.row * acts.stride + (l.num_bits == 8 ? 2 : 1) * k;
+  return {kept ? t.kept : t.panel + l.block_offset(t.begin),
+          t.kept,
+          t.ahead,
+          t.panel + l.param_offset(t.begin),
+          t.kept_scales,
+          {row, row + 3 * acts.stride, acts.stride},
+          acts.starts + index * acts.rows + t.row,
+          acts.sums + index * acts.rows + t.row,
+          acts.scales + k / kActGroup * acts.rows + t.row,
+          0};
+}
+
+template <class C, int T, int S, bool Keep>
+__attribute__((noipa)) void tile_int8(const Tile& tile) {
+  // Copies, because for the compiler every store of a sum may change what it points to.
+  const Tile t = tile;
+  const Layout l = *t.layout;
+  const Acts acts = *t.acts;
+  Cursor at = first_cursor(t, C::kKept);
+  const std::int64_t params_step = l.per_channel ? 0 : l.block_offset(1);
+  for (std::int64_t b = t.begin; b < t.end; ++b) {
+    std::int64_t left = l.block_size(b);
+    for (std::int64_t count; left > 0; left -= count) {
+      count = min64(acts.flush, left);
+      const bool last = at.in_group + count == kActGroup || (left == count && b + 1 == l.blocks);
+      flush<C, T, S, Keep>(t, l, acts, at, count, last);
+    }
+    at.params += params_step;
+    at.kept_scales += kRows;
+    if (!C::kKept && !l.per_channel) at.codes += l.param_bytes;
+  }
+}
+
+template <int Bits>
+TileFn direct_tile(std::int64_t rows, int streams) {
+  using C = Codes<Bits>;
+  static constexpr TileFn kSingle[kTile] = {tile_int8<C, 1, 1, false>, tile_int8<C, 2, 1, false>,
+                                            tile_int8<C, 3, 1, false>, tile_int8<C, 4, 1, false>,
+                                            tile_int8<C, 5, 1, false>, tile_int8<C, 6, 1, false>};
+  static constexpr TileFn kStreams[3] = {tile_int8<C, 1, 4, false>, tile_int8<C, 2, 2, false>,
+                                         tile_int8<C, 3, 2, false>};
+  return streams == 1 ? kSingle[rows - 1] : kStreams[rows - 1];
+}
+
+// Only products of seven and more rows keep codes: their first tile has four to six rows, the others three to six.
+template <int Bits>
+TileFn keeping_tile(std::int64_t rows) {
+  using C = Codes<Bits>;
+  static constexpr TileFn kTiles[3] = {tile_int8<C, 4, 1, true>, tile_int8<C, 5, 1, true>, tile_int8<C, 6, 1, true>};
+  return kTiles[rows - 4];
+}
+template <bool Wide>
+TileFn kept_tile(std::int64_t rows) {
+  using C = KeptCodes<Wide>;
+  static constexpr TileFn kTiles[4] = {tile_int8<C, 3, 1, false>, tile_int8<C, 4, 1, false>,
+                                       tile_int8<C, 5, 1, false>, tile_int8<C, 6, 1, false>};
+  return kTiles[rows - 3];
+}
+
+TileFn direct_tile(int bits, std::int64_t rows, int streams) {
+  return bits == 2   ? direct_tile<2>(rows, streams)
+         : bits == 3 ? direct_tile<3>(rows, streams)
+         : bits == 4 ? direct_tile<4>(rows, streams)
+                     : direct_tile<8>(rows, streams);
+}
+TileFn keeping_tile(int bits, std::int64_t rows) {
+  return bits == 2   ? keeping_tile<2>(rows)
+         : bits == 3 ? keeping_tile<3>(rows)
+         : bits == 4 ? keeping_tile<4>(rows)
+                     : keeping_tile<8>(rows);
+}
+TileFn kept_tile(int bits, std::int64_t rows) { return bits == 8 ? kept_tile<true>(rows) : kept_tile<false>(rows); }
+
+}  // namespace
+}  // namespace qtale::cpu
