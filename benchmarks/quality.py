@@ -103,12 +103,10 @@ def qtale_perplexity(folder: Path, windows: int) -> Any:
 
     from qtale.eval.perplexity import perplexity
     from qtale.integrations.lm_eval import QtaleLM
-    from qtale.integrations.transformers import quantize_model_
+    from qtale.integrations.scoring_model import load_model
 
     def run(spec: QuantSpec | None, compute: str, text: str) -> float:
-        model = qtale.load_torch(folder, dtype=torch.float32)
-        if spec is not None:
-            quantize_model_(model, spec, compute=compute)
+        model = load_model(folder, spec, compute, torch.float32, "cpu")
         lm = QtaleLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder))
         return perplexity(lm, text, windows).perplexity
 

@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     configure_logging()
+    if "torch" not in sys.modules:  # threads of torch that spin between its operators would take the cores of ours
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return int(args.run(args))
     except Error as error:
