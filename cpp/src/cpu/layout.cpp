@@ -86,14 +86,10 @@ template <class Fn>
 auto with_format(const Layout& l, Fn&& fn) {
   const bool wide = l.panel_rows == 64;
   switch (l.num_bits) {
-    case 2:
-      return wide ? fn(Format<2, 64>{}) : fn(Format<2, 16>{});
-    case 3:
-      return wide ? fn(Format<3, 64>{}) : fn(Format<3, 16>{});
-    case 4:
-      return wide ? fn(Format<4, 64>{}) : fn(Format<4, 16>{});
-    default:
-      return wide ? fn(Format<8, 64>{}) : fn(Format<8, 16>{});
+    case 2: return wide ? fn(Format<2, 64>{}) : fn(Format<2, 16>{});
+    case 3: return wide ? fn(Format<3, 64>{}) : fn(Format<3, 16>{});
+    case 4: return wide ? fn(Format<4, 64>{}) : fn(Format<4, 16>{});
+    default: return wide ? fn(Format<8, 64>{}) : fn(Format<8, 16>{});
   }
 }
 

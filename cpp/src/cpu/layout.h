@@ -39,9 +39,9 @@ struct Layout {
   std::int64_t blocks = 0;      // per panel
   std::int64_t act_groups = 0;  // int8 activation scales per row
   std::int64_t panels = 0;
-  std::int64_t code_bytes = 0;     // codes of one full block
-  std::int64_t param_bytes = 0;    // scales and zero points of one block (grouped) or of the panel (per channel)
-  std::int64_t scale_bytes = 0;    // the scales among them
+  std::int64_t code_bytes = 0;   // codes of one full block
+  std::int64_t param_bytes = 0;  // scales and zero points of one block (grouped) or of the panel (per channel)
+  std::int64_t scale_bytes = 0;  // the scales among them
   std::int64_t panel_bytes = 0;
 
   // Start of block b inside its panel.
