@@ -46,7 +46,7 @@ class QuantSpec:
             )
 
     def resolve(self, module_name: str, in_features: int) -> ResolvedSpec:
-        """The spec for a matrix of ``in_features`` columns; raises InputError where an explicit size does not divide."""
+        """The spec for ``in_features`` columns; raises InputError where an explicit size does not divide."""
         if self.group_size == "channel":
             return ResolvedSpec(self.num_bits, PER_CHANNEL, self.symmetric)
         fitting = [size for size in GROUP_SIZES if in_features % size == 0]

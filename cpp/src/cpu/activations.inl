@@ -10,10 +10,10 @@ inline std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The workspace of the row-major int8 form.
 struct Int8Rows {
-  std::int8_t* codes;   // [rows, k_padded]
-  float* scales;        // [rows, act_groups]
-  std::int32_t* sums;   // [rows, blocks]
-  float* totals;        // [rows]: sums of the activations as rounded
+  std::int8_t* codes;  // [rows, k_padded]
+  float* scales;       // [rows, act_groups]
+  std::int32_t* sums;  // [rows, blocks]
+  float* totals;       // [rows]: sums of the activations as rounded
 
   Int8Rows(const Layout& l, std::int64_t rows, std::byte* workspace) {
     const auto count = static_cast<std::size_t>(rows);
@@ -63,8 +63,7 @@ inline float quantize_activation_group(const typename E::T* p, std::int64_t coun
   }
   const VecF low = set1(-127.0f), high = set1(127.0f);
   std::int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth)
-    store_s8(codes + i, min(high, max(low, rint(mul(E::load(p + i), inverse)))));
+  for (; i + kWidth <= count; i += kWidth) store_s8(codes + i, min(high, max(low, rint(mul(E::load(p + i), inverse)))));
   if (i < count) {
     const VecF v = load_part<E>(p + i, count - i);
     store_codes_part(codes + i, min(high, max(low, rint(mul(v, inverse)))), count - i);
@@ -90,8 +89,8 @@ inline void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int6
       std::int8_t* codes = out.codes + m * l.k_padded;
       for (std::int64_t g = 0; g < l.act_groups; ++g) {
         const std::int64_t k = g * kActGroup;
-        out.scales[m * l.act_groups + g] = quantize_activation_group<E>(
-            row + k, min64(kActGroup, l.k - k), min64(kActGroup, l.k_padded - k), codes + k);
+        out.scales[m * l.act_groups + g] = quantize_activation_group<E>(row + k, min64(kActGroup, l.k - k),
+                                                                        min64(kActGroup, l.k_padded - k), codes + k);
       }
       float total = 0.0f;
       for (std::int64_t b = 0; b < l.blocks; ++b) {

@@ -8,7 +8,7 @@
 namespace qtale::cpu {
 namespace {
 
-constexpr int kRowBlock = 132;    // rows of codes that share one unpacked panel; their outputs stay in L1
+constexpr int kRowBlock = 132;  // rows of codes that share one unpacked panel; their outputs stay in L1
 constexpr int kKeptBytes = 16384;
 
 // Lives on the stack of each thread that runs tiles.
@@ -38,8 +38,8 @@ void finish_panel(const MatmulArgs& a, const Acts& acts, std::int64_t panel, std
 }
 
 // One to three rows through `streams` equal runs of panels at once; every run is read strictly forward.
-void run_streams(const MatmulArgs& a, const Acts& acts, Frame& frame, int streams, std::int64_t begin,
-                 std::int64_t end, std::int64_t row, std::int64_t rows) {
+void run_streams(const MatmulArgs& a, const Acts& acts, Frame& frame, int streams, std::int64_t begin, std::int64_t end,
+                 std::int64_t row, std::int64_t rows) {
   const Layout& l = *a.layout;
   const std::int64_t length = (end - begin) / streams;
   const TileFn tile = direct_tile(l.num_bits, rows, streams);
@@ -63,8 +63,9 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
   const std::int64_t stretch = rows > kTile ? (rows > 24 ? 8192 : kKeptBytes) / kept_bytes(wide) / l.block_k : l.blocks;
   std::memset(frame.out, 0, static_cast<std::size_t>(rows * kRows) * sizeof(float));
   for (std::int64_t b = 0; b < l.blocks; b += stretch) {
-    Tile tile{&l, &acts, row, codes, 0, b, min64(b + stretch, l.blocks), frame.kept,
-              frame.kept_scales, frame.kept, 0, frame.part, frame.out};
+    Tile tile{
+        &l,         &acts, row,        codes,    0, b, min64(b + stretch, l.blocks), frame.kept, frame.kept_scales,
+        frame.kept, 0,     frame.part, frame.out};
     for (std::int64_t m = 0; m < rows;) {
       const std::int64_t size = next_tile(rows - m, kTile);
       tile.row = row + m;
@@ -94,8 +95,7 @@ void run_rows(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
     if (rows <= 2)
       run_streams(a, acts, frame, rows == 1 ? 4 : 2, panel_begin, panel_end, row, rows);
     else
-      for (std::int64_t panel = panel_begin; panel < panel_end; ++panel)
-        run_panel(a, acts, frame, panel, row, rows);
+      for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) run_panel(a, acts, frame, panel, row, rows);
     m += count;
   }
 }

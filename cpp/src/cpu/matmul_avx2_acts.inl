@@ -32,7 +32,9 @@ struct Acts {
   Acts(const Layout& l, std::int64_t row_count, bool is_floating, std::byte* workspace)
       : floating(is_floating),
         top(floating && l.num_bits == 8 ? 32767.0f : 127.0f),
-        planes(!floating ? 1 : l.num_bits == 8 ? 2 : 3),
+        planes(!floating         ? 1
+               : l.num_bits == 8 ? 2
+                                 : 3),
         rows(row_count * planes),
         flush(l.num_bits == 4 ? min64(64, l.block_k) : l.block_k),
         flushes((l.k_padded + flush - 1) / flush),

@@ -38,7 +38,7 @@ template <bool Full, int Shift, std::uint32_t Value>
 QTALE_INLINE __m256i line_bits(const std::uint8_t* p) {
   if constexpr (!Full)
     return _mm256_and_si256(_mm256_srli_epi16(load_line(p), Shift), _mm256_set1_epi32(static_cast<int>(Value)));
-  const auto& line = *reinterpret_cast<const std::uint8_t(*)[32]>(p);
+  const auto& line = *reinterpret_cast<const std::uint8_t (*)[32]>(p);
   __m256i bits;
   if constexpr (Shift == 0) {
     asm volatile("vmovdqa %2, %0\n\tvpand %1, %0, %0" : "=&x"(bits) : "m"(line), "m"(kWords<Value>.lanes));
@@ -127,7 +127,9 @@ constexpr int kept_bytes(bool wide) { return wide ? 32 : 16; }
 
 template <int Lines, int S>
 QTALE_INLINE void prefetch_lines(const std::uint8_t* w, std::int64_t stream) {
-  QTALE_UNROLL for (int s = 0; s < S; ++s) QTALE_UNROLL for (int line = 0; line < Lines; ++line)
+  QTALE_UNROLL
+  for (int s = 0; s < S; ++s) QTALE_UNROLL
+  for (int line = 0; line < Lines; ++line)
     _mm_prefetch(reinterpret_cast<const char*>(w) + s * stream + 64 * line + kPrefetch, _MM_HINT_T0);
 }
 
@@ -139,18 +141,18 @@ struct RowPointers {
 };
 
 // One statement, because compilers load the broadcasts of all rows first when they may, and spill the accumulators.
-#define QTALE_MULTIPLY_ADD(MULTIPLY, ADD, ADDRESS)                                                       \
-  asm volatile("vpbroadcastd %c[offset]" ADDRESS ", %[b]\n\t" MULTIPLY " %[b], %[w0], %[t]\n\t" MULTIPLY \
-               " %[b], %[w1], %[b]\n\t" ADD " %[t], %[c0], %[c0]\n\t" ADD " %[b], %[c1], %[c1]"          \
-               : [c0] "+x"(c0), [c1] "+x"(c1), [b] "=&x"(b), [t] "=&x"(t)                                \
-               : [w0] "x"(w0), [w1] "x"(w1), [a] "r"(rows.first), [d] "r"(rows.fourth),                  \
-                 [s] "r"(rows.stride), [offset] "i"(Offset))
-#define QTALE_MULTIPLY_ADD_ROW(MULTIPLY, ADD)                                              \
-  if constexpr (Row == 0) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a])");                     \
-  if constexpr (Row == 1) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a],%[s])");                \
-  if constexpr (Row == 2) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a],%[s],2)");              \
-  if constexpr (Row == 3) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[d])");                     \
-  if constexpr (Row == 4) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a],%[s],4)");              \
+#define QTALE_MULTIPLY_ADD(MULTIPLY, ADD, ADDRESS)                                                            \
+  asm volatile("vpbroadcastd %c[offset]" ADDRESS ", %[b]\n\t" MULTIPLY " %[b], %[w0], %[t]\n\t" MULTIPLY      \
+               " %[b], %[w1], %[b]\n\t" ADD " %[t], %[c0], %[c0]\n\t" ADD " %[b], %[c1], %[c1]"               \
+               : [c0] "+x"(c0), [c1] "+x"(c1), [b] "=&x"(b), [t] "=&x"(t)                                     \
+               : [w0] "x"(w0), [w1] "x"(w1), [a] "r"(rows.first), [d] "r"(rows.fourth), [s] "r"(rows.stride), \
+                 [offset] "i"(Offset))
+#define QTALE_MULTIPLY_ADD_ROW(MULTIPLY, ADD)                                 \
+  if constexpr (Row == 0) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a])");        \
+  if constexpr (Row == 1) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a],%[s])");   \
+  if constexpr (Row == 2) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a],%[s],2)"); \
+  if constexpr (Row == 3) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[d])");        \
+  if constexpr (Row == 4) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a],%[s],4)"); \
   if constexpr (Row == 5) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[d],%[s],2)")
 
 // c0, c1 += w0, w1 times the activation word of tile row `Row` at byte `Offset`.

@@ -31,7 +31,7 @@ struct Tile {
 using TileFn = void (*)(const Tile&);
 
 // Where a tile is: everything moves on from flush to flush, a flush being the inputs of one set of accumulators.
-struct Cursor {
+struct Place {
   const std::uint8_t* codes;
   std::uint8_t* kept;
   const std::uint8_t* ahead;
@@ -75,7 +75,7 @@ QTALE_INLINE void multiply_fields(__m256i (&acc)[S][T][2], int s, const std::uin
 }
 
 template <class C, bool Keep>
-QTALE_INLINE __m256 block_scales(const Layout& l, const Cursor& at, std::int64_t stream, int half) {
+QTALE_INLINE __m256 block_scales(const Layout& l, const Place& at, std::int64_t stream, int half) {
   if constexpr (C::kKept) return _mm256_load_ps(at.kept_scales + 8 * half);
   const __m256 scales = l.per_channel ? set1(1.0f) : load_scales(at.params + stream, l.scale_dtype, half);
   if constexpr (Keep) _mm256_store_ps(at.kept_scales + 8 * half, scales);
@@ -84,12 +84,15 @@ QTALE_INLINE __m256 block_scales(const Layout& l, const Cursor& at, std::int64_t
 
 // Adds one flush to the part of its activation group, or, where that ends, to the outputs.
 template <class C, int T, int S, bool Keep, bool First, bool Last, bool Zeros>
-QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Cursor& at, __m256i (&acc)[S][T][2]) {
-  QTALE_UNROLL for (int s = 0; s < S; ++s) QTALE_UNROLL for (int half = 0; half < 2; ++half) {
+QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, __m256i (&acc)[S][T][2]) {
+  QTALE_UNROLL
+  for (int s = 0; s < S; ++s) QTALE_UNROLL
+  for (int half = 0; half < 2; ++half) {
     const __m256 scale = block_scales<C, Keep>(l, at, s * t.stream, half);
     const auto* zero_points = reinterpret_cast<const std::int8_t*>(at.params + s * t.stream + l.scale_bytes);
     const __m256 zeros = Zeros ? load_s8(zero_points + 8 * half) : _mm256_setzero_ps();
-    QTALE_UNROLL for (int m = 0; m < T; ++m) {
+    QTALE_UNROLL
+    for (int m = 0; m < T; ++m) {
       const __m256i sum = C::kWide ? acc[s][m][half] : _mm256_madd_epi16(acc[s][m][half], _mm256_set1_epi16(1));
       __m256 value = _mm256_cvtepi32_ps(sum);
       if constexpr (Zeros) value = _mm256_fnmadd_ps(zeros, _mm256_broadcast_ss(at.sums + m), value);
@@ -103,7 +106,7 @@ QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Cursor& at, __
 }
 
 template <class C, int T, int S, bool Keep, bool Zeros>
-QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Cursor& at, bool last, __m256i (&acc)[S][T][2]) {
+QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, bool last, __m256i (&acc)[S][T][2]) {
   if (at.in_group == 0) {
     last ? end_flush<C, T, S, Keep, true, true, Zeros>(t, l, at, acc)
          : end_flush<C, T, S, Keep, true, false, Zeros>(t, l, at, acc);
@@ -114,7 +117,7 @@ QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Cursor& at, bo
 }
 
 template <class C, int T, int S, bool Keep>
-QTALE_INLINE void multiply_steps(const Tile& t, Cursor& at, std::int64_t steps, __m256i (&acc)[S][T][2]) {
+QTALE_INLINE void multiply_steps(const Tile& t, Place& at, std::int64_t steps, __m256i (&acc)[S][T][2]) {
 #pragma GCC unroll 1
   for (; steps > 0; --steps) {
     if constexpr (C::kKept) {
@@ -123,8 +126,8 @@ QTALE_INLINE void multiply_steps(const Tile& t, Cursor& at, std::int64_t steps, 
     } else {
       prefetch_lines<C::kBytes / 64, S>(at.codes, t.stream);
     }
-    QTALE_UNROLL for (int s = 0; s < S; ++s)
-      multiply_fields<C, T, S, Keep>(acc, s, at.codes + s * t.stream, at.rows, at.kept);
+    QTALE_UNROLL
+    for (int s = 0; s < S; ++s) multiply_fields<C, T, S, Keep>(acc, s, at.codes + s * t.stream, at.rows, at.kept);
     at.codes += C::kBytes;
     at.rows.first += 4 * C::kFields;
     at.rows.fourth += 4 * C::kFields;
@@ -135,12 +138,13 @@ QTALE_INLINE void multiply_steps(const Tile& t, Cursor& at, std::int64_t steps, 
 }
 
 template <class C, int T, int S, bool Keep>
-QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Cursor& at, std::int64_t count,
-                        bool last) {
+QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place& at, std::int64_t count, bool last) {
   __m256i acc[S][T][2];
-  QTALE_UNROLL for (int m = 0; m < T; ++m) {
+  QTALE_UNROLL
+  for (int m = 0; m < T; ++m) {
     const __m256i start = _mm256_set1_epi32(at.starts[m]);
-    QTALE_UNROLL for (int s = 0; s < S; ++s) acc[s][m][0] = acc[s][m][1] = start;
+    QTALE_UNROLL
+    for (int s = 0; s < S; ++s) acc[s][m][0] = acc[s][m][1] = start;
   }
   multiply_steps<C, T, S, Keep>(t, at, count / C::kInputs, acc);
   if (l.symmetric)
@@ -156,7 +160,7 @@ QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Cursor
   }
 }
 
-Cursor first_cursor(const Tile& t, bool kept) {
+Place first_place(const Tile& t, bool kept) {
   const Layout& l = *t.layout;
   const Acts& acts = *t.acts;
   const std::int64_t k = t.begin * l.block_k, index = k / acts.flush;
@@ -179,7 +183,7 @@ __attribute__((noipa)) void tile_int8(const Tile& tile) {
   const Tile t = tile;
   const Layout l = *t.layout;
   const Acts acts = *t.acts;
-  Cursor at = first_cursor(t, C::kKept);
+  Place at = first_place(t, C::kKept);
   const std::int64_t params_step = l.per_channel ? 0 : l.block_offset(1);
   for (std::int64_t b = t.begin; b < t.end; ++b) {
     std::int64_t left = l.block_size(b);
@@ -215,8 +219,8 @@ TileFn keeping_tile(std::int64_t rows) {
 template <bool Wide>
 TileFn kept_tile(std::int64_t rows) {
   using C = KeptCodes<Wide>;
-  static constexpr TileFn kTiles[4] = {tile_int8<C, 3, 1, false>, tile_int8<C, 4, 1, false>,
-                                       tile_int8<C, 5, 1, false>, tile_int8<C, 6, 1, false>};
+  static constexpr TileFn kTiles[4] = {tile_int8<C, 3, 1, false>, tile_int8<C, 4, 1, false>, tile_int8<C, 5, 1, false>,
+                                       tile_int8<C, 6, 1, false>};
   return kTiles[rows - 3];
 }
 

@@ -9,9 +9,8 @@
 namespace qtale::cpu {
 namespace {
 
-constexpr int kVecs = 4;       // registers of 16 rows
-constexpr int kTile = 6;       // activation rows: 24 accumulators leave room for the weights
-
+constexpr int kVecs = 4;  // registers of 16 rows
+constexpr int kTile = 6;  // activation rows: 24 accumulators leave room for the weights
 
 QTALE_INLINE __m512i load_line(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
 QTALE_INLINE __m512i broadcast4(const std::int8_t* p) {
@@ -110,8 +109,8 @@ QTALE_INLINE void prefetch_step(const std::uint8_t* w, Prefetch prefetch) {
 }
 
 template <int Bits, int M>
-QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a,
-                                std::int64_t lda, Prefetch prefetch) {
+QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda,
+                                Prefetch prefetch) {
   using C = Codes<Bits>;
   prefetch_step<C::kBytes>(w, prefetch);
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
@@ -133,7 +132,7 @@ enum class Flush { channel, whole, first, middle, last };
 
 template <int M>
 QTALE_INLINE void subtract_zero_points(__m512i (&acc)[M][kVecs], const std::uint8_t* zeros, const std::int32_t* sums,
-                                 std::int64_t ld_sums) {
+                                       std::int64_t ld_sums) {
   unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
     const __m512i zero = load_zeros(zeros, p);
     unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
@@ -145,7 +144,7 @@ QTALE_INLINE void subtract_zero_points(__m512i (&acc)[M][kVecs], const std::uint
 
 template <Flush Mode, int M>
 QTALE_INLINE void flush(const __m512i (&acc)[M][kVecs], const std::uint8_t* scales, DType scale_dtype, const float* act,
-                  std::int64_t ld_act, float* part, __mmask16 keep, float* out) {
+                        std::int64_t ld_act, float* part, __mmask16 keep, float* out) {
   __m512 scale[kVecs];
   if constexpr (Mode != Flush::channel) load_scales(scale, scales, scale_dtype);
   unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
@@ -169,8 +168,9 @@ QTALE_INLINE void flush(const __m512i (&acc)[M][kVecs], const std::uint8_t* scal
 // Products of one block as exact int32. The offset of the codes is taken off at the start of the sums or, where one
 // scale serves the whole row, once at the end of it (kFromZero): zeroing a register is free, filling one is not.
 template <int Bits, int M, bool kFromZero>
-QTALE_INLINE void multiply_block(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda,
-                           std::int64_t steps, const std::int32_t* sums, std::int64_t ld_sums, Prefetch prefetch) {
+QTALE_INLINE void multiply_block(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a,
+                                 std::int64_t lda, std::int64_t steps, const std::int32_t* sums, std::int64_t ld_sums,
+                                 Prefetch prefetch) {
   using C = Codes<Bits>;
   unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
     const __m512i start = kFromZero ? _mm512_setzero_si512() : _mm512_set1_epi32(-C::kOffset * sums[m * ld_sums]);
@@ -190,7 +190,8 @@ template <int Bits, int M>
 __attribute__((noipa)) void tile_grouped(const Layout& l, const std::uint8_t* panel, const TileIn in, const Span span,
                                          float* out) {
   alignas(64) float part[M * kRows];
-  const std::int64_t per_group = kActGroup >> __builtin_ctzll(static_cast<std::uint64_t>(l.block_k)), steps = l.block_k / Codes<Bits>::kInputs;
+  const std::int64_t per_group = kActGroup >> __builtin_ctzll(static_cast<std::uint64_t>(l.block_k));
+  const std::int64_t steps = l.block_k / Codes<Bits>::kInputs;
   const std::int64_t stop = min64(span.end * per_group, l.blocks);
   std::int64_t b = span.begin * per_group;
   const std::uint8_t* w = panel + l.block_offset(b);
@@ -225,8 +226,8 @@ __attribute__((noipa)) void tile_channel(const Layout& l, const std::uint8_t* pa
   for (std::int64_t g = span.begin; g < span.end; ++g) {
     __m512i acc[M][kVecs];
     const std::int64_t k = g * kActGroup, size = min64(l.k_padded - k, kActGroup);
-    multiply_block<Bits, M, true>(acc, panel + l.block_offset(g), in.codes + k, l.k_padded,
-                                  size / Codes<Bits>::kInputs, nullptr, 0, in.prefetch);
+    multiply_block<Bits, M, true>(acc, panel + l.block_offset(g), in.codes + k, l.k_padded, size / Codes<Bits>::kInputs,
+                                  nullptr, 0, in.prefetch);
     flush<Flush::channel, M>(acc, nullptr, l.scale_dtype, in.scales + g, l.act_groups, nullptr, keep_of(g), out);
   }
 }

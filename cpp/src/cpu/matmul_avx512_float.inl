@@ -1,7 +1,7 @@
 // Float qmatmul on AVX-512 over 64-row panels; products and sums are float32.
 // A code is masked out where it stands in its 32-bit lane and converted there, so it comes with a factor 2^position;
-// the activations it meets carry the inverse factor, which is exact. That saves the shifts, whose two ports would be the
-// limit of the decode loop.
+// the activations it meets carry the inverse factor, which is exact. That saves the shifts, whose two ports would be
+// the limit of the decode loop.
 #include "cpu/float_activations.inl"
 
 namespace qtale::cpu {
@@ -30,8 +30,8 @@ QTALE_INLINE __m512 code_values(__m512i line) {
 }
 
 template <int Bits, int M>
-QTALE_INLINE void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x,
-                                      std::int64_t ldx, Prefetch prefetch) {
+QTALE_INLINE void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x, std::int64_t ldx,
+                                      Prefetch prefetch) {
   using C = Codes<Bits>;
   prefetch_step<C::kBytes>(w, prefetch);
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {

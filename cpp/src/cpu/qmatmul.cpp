@@ -25,8 +25,10 @@ void qmatmul(const std::uint8_t* buffer, std::int64_t bytes, std::int64_t rows, 
   const Prepacked weight = open_prepacked(buffer, bytes);
   const Layout& l = weight.layout;
   if (l.panel_rows != table.panel_rows)
-    fail_input("qmatmul: the weight was prepacked in panels of {} rows, but the kernels in use ({}) read {}; "
-               "prepack it again.", l.panel_rows, table.name, table.panel_rows);
+    fail_input(
+        "qmatmul: the weight was prepacked in panels of {} rows, but the kernels in use ({}) read {}; "
+        "prepack it again.",
+        l.panel_rows, table.name, table.panel_rows);
   const MatmulKernel& kernel = compute == Compute::int8 ? table.int8 : table.floating;
   thread_local Scratch scratch;
   const MatmulArgs args{&l, weight.panels, rows, x, scratch.reserve(kernel.workspace_bytes(l, rows)), bias, y};

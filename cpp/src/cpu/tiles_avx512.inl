@@ -102,7 +102,8 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
   if (stream) _mm_sfence();
 }
 
-// tile(panel, first row, rows, groups, prefetch, out) adds groups to out [rows][64], which group 0 begins anew; finish(panel, first row, rows, out) ends it.
+// tile(panel, first row, rows, groups, prefetch, out) adds groups to out [rows][64], which group 0 begins anew;
+// finish(panel, first row, rows, out) ends it.
 template <int kTileRows, class Tile, class Finish>
 inline void run_tiles(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, Tile&& tile, Finish&& finish) {
   if (rows.end - rows.begin <= kFewRows) {

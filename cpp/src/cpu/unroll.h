@@ -13,9 +13,8 @@ namespace {
 // fn(std::integral_constant<int, 0>), fn(<1>), ... fn(<N - 1>)
 template <int N, class Fn>
 QTALE_INLINE void unroll(Fn&& fn) {
-  [&]<int... I>(std::integer_sequence<int, I...>) QTALE_INLINE_LAMBDA {
-    (fn(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      QTALE_INLINE_LAMBDA { (fn(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
 }  // namespace
