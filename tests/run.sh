@@ -31,7 +31,12 @@ cpp_tests() {  # name, CMake options
   step "C++ tests, $1"
   cmake -S . -B "build/$1" -G Ninja -DQTALE_TESTS=ON -DQTALE_WERROR=ON -DCMAKE_PREFIX_PATH="$prefix" "${@:2}" >/dev/null
   cmake --build "build/$1" -- --quiet
-  ctest --test-dir "build/$1" --output-on-failure -j 2 | tail -n 15
+  local log=build/$1/ctest.log
+  if ! ctest --test-dir "build/$1" --output-on-failure -j 2 >"$log"; then
+    grep -v ' Passed ' "$log"
+    return 1
+  fi
+  tail -n 3 "$log"
 }
 cpp_tests release
 cpp_tests sanitized -DQTALE_SANITIZE=ON -DCMAKE_CXX_FLAGS_RELEASE='-O1 -g1'

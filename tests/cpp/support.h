@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -17,6 +18,21 @@ namespace qtale::test {
 inline constexpr DType kFloatTypes[] = {DType::f32, DType::f16, DType::bf16};
 inline constexpr int kBits[] = {2, 3, 4, 8};
 
+// Heap blocks of exact size, so that AddressSanitizer sees every overrun, and on a cache line, as streaming stores
+// want.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <class U>
+  explicit LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const LineAllocator&) const = default;
+};
+template <class T>
+using Lines = std::vector<T, LineAllocator<T>>;
+
 class Random {
  public:
   explicit Random(std::uint64_t seed) : engine_(seed) {}
@@ -30,7 +46,7 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
-// A vector of f32, f16 or bf16 in a heap block of its exact size, so that AddressSanitizer sees every overrun.
+// A vector of f32, f16 or bf16.
 class Floats {
  public:
   Floats(DType dtype, std::int64_t size);
@@ -48,7 +64,7 @@ class Floats {
  private:
   DType dtype_;
   std::int64_t size_;
-  std::vector<std::uint8_t> bytes_;
+  Lines<std::uint8_t> bytes_;
 };
 
 Floats normal_floats(Random& random, DType dtype, std::int64_t size, float sigma = 1.0f);
