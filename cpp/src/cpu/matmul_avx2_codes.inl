@@ -8,7 +8,6 @@ namespace {
 
 #define QTALE_UNROLL _Pragma("GCC unroll 16")
 #define QTALE_INLINE __attribute__((always_inline)) inline
-#define QTALE_INLINE_LAMBDA __attribute__((always_inline))
 
 constexpr int kRows = 16;
 constexpr int kPrefetch = 2048;  // bytes ahead in each stream

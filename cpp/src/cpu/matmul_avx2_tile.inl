@@ -41,6 +41,7 @@ struct Place {
   const std::int32_t* starts;
   const float* sums;
   const float* input_scales;
+  std::int64_t in_group;  // inputs of the activation group so far
 };
 
 // Scales of panel rows 8 * half to 8 * half + 7.
@@ -105,9 +106,8 @@ QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, __m
 }
 
 template <class C, int T, int S, bool Keep, bool Zeros>
-QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, bool first, bool last,
-                            __m256i (&acc)[S][T][2]) {
-  if (first) {
+QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, bool last, __m256i (&acc)[S][T][2]) {
+  if (at.in_group == 0) {
     last ? end_flush<C, T, S, Keep, true, true, Zeros>(t, l, at, acc)
          : end_flush<C, T, S, Keep, true, false, Zeros>(t, l, at, acc);
   } else {
@@ -117,7 +117,7 @@ QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, boo
 }
 
 template <class C, int T, int S, bool Keep>
-QTALE_INLINE void multiply_steps(const Tile& t, Place& at, std::uint64_t steps, __m256i (&acc)[S][T][2]) {
+QTALE_INLINE void multiply_steps(const Tile& t, Place& at, std::int64_t steps, __m256i (&acc)[S][T][2]) {
 #pragma GCC unroll 1
   for (; steps > 0; --steps) {
     if constexpr (C::kKept) {
@@ -126,34 +126,38 @@ QTALE_INLINE void multiply_steps(const Tile& t, Place& at, std::uint64_t steps, 
     } else {
       prefetch_lines<C::kBytes / 64, S>(at.codes, t.stream);
     }
-    QTALE_UNROLL for (int s = 0; s < S; ++s)
-      multiply_fields<C, T, S, Keep>(acc, s, at.codes + s * t.stream, at.rows, at.kept);
+    QTALE_UNROLL
+    for (int s = 0; s < S; ++s) multiply_fields<C, T, S, Keep>(acc, s, at.codes + s * t.stream, at.rows, at.kept);
     at.codes += C::kBytes;
     at.rows.first += 4 * C::kFields;
     at.rows.fourth += 4 * C::kFields;
     if constexpr (Keep) at.kept += 64 * C::kFields;
-    // Or compilers work out anew, after the loop, what these have become.
-    asm volatile("" : "+r"(at.codes), "+r"(at.ahead), "+r"(at.kept), "+r"(at.rows.first), "+r"(at.rows.fourth));
   }
   // Keeps the loads of scales and sums out of the loop, where every register is taken.
   asm volatile("" ::: "memory");
 }
 
 template <class C, int T, int S, bool Keep>
-QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place& at, std::int64_t count, bool first,
-                        bool last) {
+QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place& at, std::int64_t count, bool last) {
   __m256i acc[S][T][2];
-  QTALE_UNROLL for (int m = 0; m < T; ++m) {
+  QTALE_UNROLL
+  for (int m = 0; m < T; ++m) {
     const __m256i start = _mm256_set1_epi32(at.starts[m]);
-    QTALE_UNROLL for (int s = 0; s < S; ++s) acc[s][m][0] = acc[s][m][1] = start;
+    QTALE_UNROLL
+    for (int s = 0; s < S; ++s) acc[s][m][0] = acc[s][m][1] = start;
   }
-  multiply_steps<C, T, S, Keep>(t, at, static_cast<std::uint64_t>(count) / C::kInputs, acc);
+  multiply_steps<C, T, S, Keep>(t, at, count / C::kInputs, acc);
   if (l.symmetric)
-    end_flush<C, T, S, Keep, false>(t, l, at, first, last, acc);
+    end_flush<C, T, S, Keep, false>(t, l, at, last, acc);
   else
-    end_flush<C, T, S, Keep, true>(t, l, at, first, last, acc);
+    end_flush<C, T, S, Keep, true>(t, l, at, last, acc);
   at.starts += acts.rows;
   at.sums += acts.rows;
+  at.in_group += count;
+  if (last) {
+    at.in_group = 0;
+    at.input_scales += acts.rows;
+  }
 }
 
 Place first_place(const Tile& t, bool kept) {
@@ -169,7 +173,8 @@ Place first_place(const Tile& t, bool kept) {
           {row, row + 3 * acts.stride, acts.stride},
           acts.starts + index * acts.rows + t.row,
           acts.sums + index * acts.rows + t.row,
-          acts.scales + k / kActGroup * acts.rows + t.row};
+          acts.scales + k / kActGroup * acts.rows + t.row,
+          0};
 }
 
 template <class C, int T, int S, bool Keep>
@@ -179,24 +184,17 @@ __attribute__((noipa)) void tile_int8(const Tile& tile) {
   const Layout l = *t.layout;
   const Acts acts = *t.acts;
   Place at = first_place(t, C::kKept);
-  // A flush ends a block, unless that is as long as an activation group.
-  const bool flush_is_block = acts.flush == l.block_k;
-  const auto next_block = [&]() QTALE_INLINE_LAMBDA {
-    at.params += l.per_channel ? 0 : l.block_offset(1);
-    at.kept_scales += kRows;
-    if constexpr (!C::kKept) at.codes += l.per_channel ? 0 : l.param_bytes;
-  };
-  for (std::int64_t left = min64(t.end * l.block_k, l.k_padded) - t.begin * l.block_k; left > 0;) {
-    std::int64_t rest = min64(kActGroup, left);
-    left -= rest;
-    for (bool first = true; rest > 0; first = false) {
-      const std::int64_t count = min64(acts.flush, rest);
-      rest -= count;
-      flush<C, T, S, Keep>(t, l, acts, at, count, first, rest == 0);
-      if (flush_is_block) next_block();
+  const std::int64_t params_step = l.per_channel ? 0 : l.block_offset(1);
+  for (std::int64_t b = t.begin; b < t.end; ++b) {
+    std::int64_t left = l.block_size(b);
+    for (std::int64_t count; left > 0; left -= count) {
+      count = min64(acts.flush, left);
+      const bool last = at.in_group + count == kActGroup || (left == count && b + 1 == l.blocks);
+      flush<C, T, S, Keep>(t, l, acts, at, count, last);
     }
-    if (!flush_is_block) next_block();
-    at.input_scales += acts.rows;
+    at.params += params_step;
+    at.kept_scales += kRows;
+    if (!C::kKept && !l.per_channel) at.codes += l.param_bytes;
   }
 }
 
