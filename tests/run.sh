@@ -29,7 +29,7 @@ prefix=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cme
 python -m pip install --quiet 'cmeel-fmt>=10' || true  # a download by CMake stands in for it
 cpp_tests() {  # name, CMake options
   step "C++ tests, $1"
-  cmake -S . -B "build/$1" -G Ninja -DQTALE_TESTS=ON -DQTALE_WERROR=ON -DCMAKE_PREFIX_PATH="$prefix" "${@:2}" >/dev/null
+  cmake -S . -B "build/$1" -G Ninja -DQTALE_TESTS=ON -DCMAKE_PREFIX_PATH="$prefix" "${@:2}" >/dev/null
   cmake --build "build/$1" -- --quiet
   local log=build/$1/ctest.log
   if ! ctest --test-dir "build/$1" --output-on-failure -j 2 >"$log"; then
@@ -38,7 +38,8 @@ cpp_tests() {  # name, CMake options
   fi
   tail -n 3 "$log"
 }
-cpp_tests release
+cpp_tests release -DQTALE_WERROR=ON
+# Instrumented standard headers set off warnings of their own, so these stay warnings here.
 cpp_tests sanitized -DQTALE_SANITIZE=ON -DCMAKE_CXX_FLAGS_RELEASE='-O1 -g1'
 
 step "Python tests"

@@ -64,6 +64,7 @@ template <int kTileRows, class Tile, class Finish>
 inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, Tile&& tile,
                          Finish&& finish) {
   alignas(64) float out[kFewRows * kRows];
+  if (groups == 0) std::memset(out, 0, sizeof out);  // no group begins the sums of a weight without inputs
   const std::int64_t count = rows.end - rows.begin;
   const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
   const std::int64_t step = tiles == 1 ? groups : 1;
@@ -84,6 +85,7 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
                           Finish&& finish) {
   const Layout& l = *a.layout;
   alignas(64) float out[kTileRows * kRows];
+  if (groups == 0) std::memset(out, 0, sizeof out);
   const std::int64_t tiles = (rows.end - rows.begin + kTileRows - 1) / kTileRows;
   const bool stream = streams(a.y, a.rows, l.n);
   const std::int64_t part = (l.panel_bytes / tiles + 63) / 64 * 64;
