@@ -43,24 +43,24 @@ struct Bf16 {
 template <class E>
 inline VecF load_part(const typename E::T* p, std::int64_t count) {
   typename E::T buffer[kWidth] = {};
-  std::memcpy(buffer, p, static_cast<std::size_t>(count) * sizeof(typename E::T));
+  if (count > 0) std::memcpy(buffer, p, static_cast<std::size_t>(count) * sizeof(typename E::T));
   return E::load(buffer);
 }
 template <class E>
 inline void store_part(typename E::T* p, VecF v, std::int64_t count) {
   typename E::T buffer[kWidth];
   E::store(buffer, v);
-  std::memcpy(p, buffer, static_cast<std::size_t>(count) * sizeof(typename E::T));
+  if (count > 0) std::memcpy(p, buffer, static_cast<std::size_t>(count) * sizeof(typename E::T));
 }
 inline VecF load_codes_part(const std::int8_t* p, std::int64_t count) {
   std::int8_t buffer[kWidth] = {};
-  std::memcpy(buffer, p, static_cast<std::size_t>(count));
+  if (count > 0) std::memcpy(buffer, p, static_cast<std::size_t>(count));
   return load_s8(buffer);
 }
 inline void store_codes_part(std::int8_t* p, VecF v, std::int64_t count) {
   std::int8_t buffer[kWidth];
   store_s8(buffer, v);
-  std::memcpy(p, buffer, static_cast<std::size_t>(count));
+  if (count > 0) std::memcpy(p, buffer, static_cast<std::size_t>(count));
 }
 
 // Calls fn with the element type of a float dtype.
