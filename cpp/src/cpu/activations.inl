@@ -46,37 +46,28 @@ inline float activation_amax(const typename E::T* p, std::int64_t count) {
   return amax;
 }
 
-// One group of at most 128 inputs, zero-padded to `padded`; returns its scale. NaN or inf make the scale NaN.
+// One group of at most 128 inputs, zero-padded to `padded`, and the sums of its codes per `block` inputs; returns its
+// scale. NaN or inf make the scale NaN and the codes zero. No code leaves [-127, 127]: 127 / amax rounds by 2^-23.
 template <class E>
 inline float quantize_activation_group(const typename E::T* p, std::int64_t count, std::int64_t padded,
-                                       std::int8_t* codes) {
+                                       std::int64_t block, std::int8_t* codes, std::int32_t* sums) {
   const float amax = activation_amax<E>(p, count);
   const bool finite = amax <= FLT_MAX;
   const float scale = amax / 127.0f;
-  const VecF inverse = set1(finite && scale >= FLT_MIN ? 1.0f / scale : 0.0f);
-  if (!finite) {
-    std::memset(codes, 0, static_cast<std::size_t>(padded));
-    const std::uint32_t nan_bits = 0x7fc00000u;
-    float nan;
-    std::memcpy(&nan, &nan_bits, sizeof nan);
-    return nan;
+  const VecF inverse = set1(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
+  const std::int64_t used = finite ? count : 0;
+  for (std::int64_t i = 0; i < padded; ++sums) {
+    VecF sum = set1(0.0f);
+    for (const std::int64_t stop = min64(i + block, padded); i < stop; i += kWidth) {
+      const std::int64_t rest = used - i;
+      const VecF value = rest >= kWidth ? E::load(p + i) : rest > 0 ? load_part<E>(p + i, rest) : set1(0.0f);
+      const VecF code = rint(mul(value, inverse));
+      store_s8(codes + i, code);
+      sum = add(sum, code);
+    }
+    *sums = static_cast<std::int32_t>(reduce_add(sum));
   }
-  const VecF low = set1(-127.0f), high = set1(127.0f);
-  std::int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store_s8(codes + i, min(high, max(low, rint(mul(E::load(p + i), inverse)))));
-  if (i < count) {
-    const VecF v = load_part<E>(p + i, count - i);
-    store_codes_part(codes + i, min(high, max(low, rint(mul(v, inverse)))), count - i);
-    i = count;
-  }
-  if (i < padded) std::memset(codes + i, 0, static_cast<std::size_t>(padded - i));
-  return scale;
-}
-
-inline std::int32_t sum_codes(const std::int8_t* codes, std::int64_t count) {
-  VecF sum = set1(0.0f);
-  for (std::int64_t i = 0; i < count; i += kWidth) sum = add(sum, load_s8(codes + i));
-  return static_cast<std::int32_t>(reduce_add(sum));
+  return finite ? scale : amax - amax;
 }
 
 inline void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
@@ -86,18 +77,15 @@ inline void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int6
     using E = decltype(element);
     for (std::int64_t m = begin; m < end; ++m) {
       const auto* row = static_cast<const typename E::T*>(a.x.data) + m * a.x.stride;
-      std::int8_t* codes = out.codes + m * l.k_padded;
-      for (std::int64_t g = 0; g < l.act_groups; ++g) {
-        const std::int64_t k = g * kActGroup;
-        out.scales[m * l.act_groups + g] = quantize_activation_group<E>(row + k, min64(kActGroup, l.k - k),
-                                                                        min64(kActGroup, l.k_padded - k), codes + k);
-      }
+      float* scales = out.scales + m * l.act_groups;
+      std::int32_t* sums = out.sums + m * l.blocks;
+      for (std::int64_t k = 0; k < l.k_padded; k += kActGroup)
+        scales[k / kActGroup] =
+            quantize_activation_group<E>(row + k, min64(kActGroup, l.k - k), min64(kActGroup, l.k_padded - k),
+                                         l.block_k, out.codes + m * l.k_padded + k, sums + k / l.block_k);
       float total = 0.0f;
-      for (std::int64_t b = 0; b < l.blocks; ++b) {
-        const std::int32_t sum = sum_codes(codes + b * l.block_k, l.block_size(b));
-        out.sums[m * l.blocks + b] = sum;
-        total += static_cast<float>(sum) * out.scales[m * l.act_groups + b * l.block_k / kActGroup];
-      }
+      for (std::int64_t b = 0; b < l.blocks; ++b)
+        total += static_cast<float>(sums[b]) * scales[b * l.block_k / kActGroup];
       out.totals[m] = total;
     }
   });

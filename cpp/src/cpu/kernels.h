@@ -75,6 +75,7 @@ struct MatmulKernel {
   void (*run)(const MatmulArgs&, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
               std::int64_t row_end);
   std::int64_t row_tile;
+  std::int64_t row_block;  // rows that best share one pass over the weights; a multiple of row_tile
 };
 
 struct KernelTable {

@@ -11,8 +11,8 @@ const KernelTable avx2_table = {
     quantize_rows,
     dequantize_rows,
     fake_quantize_rows,
-    {acts_bytes<false>, prepare_acts<false>, run_rows<false>, kTile},
-    {acts_bytes<true>, prepare_acts<true>, run_rows<true>, kTile},
+    {acts_bytes<false>, prepare_acts<false>, run_rows<false>, kTile, 2 * kRowBlock},
+    {acts_bytes<true>, prepare_acts<true>, run_rows<true>, kTile, 2 * kRowBlock},
 };
 
 }  // namespace qtale::cpu

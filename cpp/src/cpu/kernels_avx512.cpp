@@ -12,8 +12,8 @@ const KernelTable avx512_table = {
     quantize_rows,
     dequantize_rows,
     fake_quantize_rows,
-    {int8_rows_bytes, prepare_int8_rows, run_int8, kTile},
-    {float_rows_bytes, prepare_float_positions, run_float, kFloatTile},
+    {int8_rows_bytes, prepare_int8_rows, run_int8, kTile, 88 * kTile},
+    {float_rows_bytes, prepare_float_positions, run_float, kFloatTile, 66 * kFloatTile},
 };
 
 }  // namespace qtale::cpu

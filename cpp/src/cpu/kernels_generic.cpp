@@ -11,8 +11,8 @@ const KernelTable generic_table = {
     quantize_rows,
     dequantize_rows,
     fake_quantize_rows,
-    {int8_rows_bytes, prepare_int8_rows, run_int8, 1},
-    {float_bytes, prepare_float, run_float, 1},
+    {int8_rows_bytes, prepare_int8_rows, run_int8, 1, 264},
+    {float_bytes, prepare_float, run_float, 1, 264},
 };
 
 }  // namespace qtale::cpu

@@ -13,7 +13,6 @@ namespace {
 
 constexpr std::int64_t kPrepareGrain = 65536;  // activation elements worth a second thread
 constexpr std::int64_t kRunGrain = 262144;     // multiply-adds worth a second thread
-constexpr std::int64_t kRowBlock = 264;        // rows that share one pass over the weights: their codes stay in L2
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -39,7 +38,7 @@ void qmatmul(const std::uint8_t* buffer, std::int64_t bytes, std::int64_t rows, 
     kernel.prepare(args, begin * tile, std::min(end * tile, rows));
   });
 
-  const std::int64_t row_blocks = ceil_div(rows, kRowBlock);
+  const std::int64_t row_blocks = ceil_div(rows, kernel.row_block);
   const std::int64_t block = ceil_div(rows, std::max<std::int64_t>(1, row_blocks) * tile) * tile;
   const std::int64_t work_per_task = std::max<std::int64_t>(1, l.panel_rows * l.k * std::min(rows, block));
   // Tasks run through the panels of one block of rows before the next block.

@@ -176,8 +176,8 @@ const KernelTable reference_table = {
     quantize,
     dequantize,
     fake_quantize,
-    {no_workspace, no_prepare, matmul<dot_int8>, 1},
-    {no_workspace, no_prepare, matmul<dot_float>, 1},
+    {no_workspace, no_prepare, matmul<dot_int8>, 1, 264},
+    {no_workspace, no_prepare, matmul<dot_float>, 1, 264},
 };
 
 }  // namespace qtale::cpu

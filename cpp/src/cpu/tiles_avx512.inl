@@ -42,6 +42,17 @@ inline bool streams(const RowsOut& y, std::int64_t rows, std::int64_t n) {
          reinterpret_cast<std::uintptr_t>(y.data) % 64 == 0;
 }
 
+// Asks for the lines of y that a tile will write: a store waits for its line, and others queue behind it.
+inline void claim_outputs(const MatmulArgs& a, std::int64_t panel, std::int64_t m, std::int64_t rows) {
+  const std::int64_t size = size_of(a.y.dtype);
+  const std::int64_t col = panel * kRows, bytes = min64(kRows, a.layout->n - col) * size;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const char* y = static_cast<const char*>(a.y.data) + ((m + i) * a.y.stride + col) * size;
+    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(y + at, 1);
+    __builtin_prefetch(y + bytes - 1, 1);
+  }
+}
+
 // Rows of finished sums [rows][64] of one panel to y.
 inline void store_tile(const MatmulArgs& a, std::int64_t panel, std::int64_t m, std::int64_t rows, const float* out,
                        bool stream) {
@@ -96,6 +107,7 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
       const std::int64_t bytes = min64(part, l.panel_bytes - ahead);
       prefetch_part(a.panels + (panel + 1) * l.panel_bytes + ahead, bytes);
       ahead += bytes;
+      if (!stream) claim_outputs(a, panel, m, n);
       tile(panel, m, n, Span{0, groups}, kPrefetchAll, out);
       finish(panel, m, n, out);
       store_tile(a, panel, m, n, out, stream);
