@@ -50,13 +50,21 @@ struct Codes<2> {
 };
 template <>
 struct Codes<3> {
-  static constexpr int kInputs = 16, kFields = 4, kBytes = 384, kOffset = 4;
+  static constexpr int kInputs = 32, kFields = 8, kBytes = 768, kOffset = 4;
   template <int Field>
   QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
-    const __m512i low = Codes<2>::get<Field>(w, p);
-    std::uint64_t high;
-    std::memcpy(&high, w + 256 + 8 * (4 * Field + p), sizeof high);
-    return _mm512_mask_add_epi8(low, _cvtu64_mask64(high), low, _mm512_set1_epi8(4));
+    const __m512i seven = _mm512_set1_epi8(7);
+    w += 64 * p;
+    if constexpr (Field < 6) {
+      const __m512i line = load_line(w + 256 * (Field / 2));
+      return _mm512_and_si512(Field % 2 ? _mm512_srli_epi32(line, 3) : line, seven);
+    } else {
+      const __m512i low = _mm512_srli_epi32(load_line(w + 256 * (Field - 6)), 6);
+      __m512i both = _mm512_srli_epi32(load_line(w + 512), Field - 2);
+      constexpr int kSelect = 0xd8;  // bits of the second operand where the third has ones, else of the first
+      both = _mm512_ternarylogic_epi32(both, low, _mm512_set1_epi8(3), kSelect);
+      return _mm512_and_si512(both, seven);
+    }
   }
 };
 
@@ -100,11 +108,14 @@ struct TileIn {
   Prefetch prefetch;
 };
 
-template <int Bytes>
-QTALE_INLINE void prefetch_step(const std::uint8_t* w, Prefetch prefetch) {
-  unroll<Bytes / 64>([&](auto line) QTALE_INLINE_LAMBDA {
-    const std::int64_t ahead = line < Bytes / 128 ? prefetch.low : prefetch.high;
-    _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * line, _MM_HINT_T0);
+// Asks for one field's part of the lines of a step: all at once would be more than the line buffers take.
+template <class C, int Field>
+QTALE_INLINE void prefetch_part_of_step(const std::uint8_t* w, Prefetch prefetch) {
+  constexpr int kLines = C::kBytes / 64, kFirst = kLines * Field / C::kFields;
+  unroll<kLines*(Field + 1) / C::kFields - kFirst>([&](auto i) QTALE_INLINE_LAMBDA {
+    constexpr int kLine = kFirst + i;
+    const std::int64_t ahead = kLine < kLines / 2 ? prefetch.low : prefetch.high;
+    _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * kLine, _MM_HINT_T0);
   });
 }
 
@@ -112,8 +123,8 @@ template <int Bits, int M>
 QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda,
                                 Prefetch prefetch) {
   using C = Codes<Bits>;
-  prefetch_step<C::kBytes>(w, prefetch);
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
+    prefetch_part_of_step<C, field>(w, prefetch);
     __m512i code[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { code[p] = C::template get<field>(w, p); });
     unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {

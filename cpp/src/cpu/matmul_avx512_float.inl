@@ -33,8 +33,8 @@ template <int Bits, int M>
 QTALE_INLINE void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x, std::int64_t ldx,
                                       Prefetch prefetch) {
   using C = Codes<Bits>;
-  prefetch_step<C::kBytes>(w, prefetch);
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
+    prefetch_part_of_step<C, field>(w, prefetch);
     __m512i line[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
       line[p] = kInPlace<Bits> ? load_line(w + 64 * p) : C::template get<field>(w, p);

@@ -20,14 +20,17 @@ struct Span {
 struct Prefetch {
   std::int64_t low, high;
 };
-constexpr std::int64_t kAhead = 4096;
+constexpr std::int64_t kAhead = 8192;
 constexpr Prefetch kPrefetchAll{kAhead, kAhead};
+constexpr std::int64_t kStretch = 17600;  // bytes of weights that several tiles share: two stretches fit into L1
 
 // Of several tiles over one stretch of weights the first two ask for half of the next one each: asking for all of it in
-// the first tile would fill the line buffers there and leave memory idle in the others.
-inline Prefetch prefetch_share(std::int64_t tile, std::int64_t tiles) {
+// the first tile would fill the line buffers there and leave memory idle in the others. Below 4 bits there is so little
+// to ask for that the first one does it alone.
+inline Prefetch prefetch_share(const Layout& l, std::int64_t tile, std::int64_t tiles, std::int64_t stretch) {
   if (tiles == 1) return kPrefetchAll;
-  return {tile == 0 ? kAhead : 0, tile == 1 ? kAhead : 0};
+  if (l.num_bits < 4) return {tile == 0 ? stretch : 0, tile == 0 ? stretch : 0};
+  return {tile == 0 ? stretch : 0, tile == 1 ? stretch : 0};
 }
 
 // Asks for a part of the next panel while this one is multiplied: its first tile would wait for memory otherwise.
@@ -78,12 +81,14 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
   if (groups == 0) std::memset(out, 0, sizeof out);  // no group begins the sums of a weight without inputs
   const std::int64_t count = rows.end - rows.begin;
   const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
-  const std::int64_t step = tiles == 1 ? groups : 1;
+  const std::int64_t group_bytes = groups == 0 ? 1 : a.layout->panel_bytes / groups;
+  const std::int64_t step = tiles == 1 ? groups : group_bytes > kStretch ? 1 : kStretch / group_bytes;
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (std::int64_t g = 0; g < groups; g += step)
       for (std::int64_t m = 0, n = 0, i = 0; m < count; m += n, ++i) {
         n = next_tile(count - m, kTileRows);
-        tile(panel, rows.begin + m, n, Span{g, g + step}, prefetch_share(i, tiles), out + m * kRows);
+        tile(panel, rows.begin + m, n, Span{g, min64(groups, g + step)},
+             prefetch_share(*a.layout, i, tiles, step * group_bytes), out + m * kRows);
       }
     finish(panel, rows.begin, count, out);
     store_tile(a, panel, rows.begin, count, out, false);
