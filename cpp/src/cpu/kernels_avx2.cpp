@@ -2,6 +2,7 @@
 #include "cpu/vec_avx2.h"
 
 #include "cpu/matmul_avx2.inl"
+#include "cpu/quantize.inl"
 
 namespace qtale::cpu {
 

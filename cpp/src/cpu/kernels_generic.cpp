@@ -2,6 +2,7 @@
 #include "cpu/vec_generic.h"
 
 #include "cpu/matmul_generic.inl"
+#include "cpu/quantize.inl"
 
 namespace qtale::cpu {
 
