@@ -15,7 +15,7 @@ constexpr std::int64_t kStep = 16;             // depth of one round of the inne
 constexpr std::int64_t kEntries = 96;          // of one tile: shared by all rows
 constexpr int kFewRows = kWidth * 3 / 4;
 constexpr int kFewTile = 4;            // rows
-constexpr std::int64_t kAhead = 4096;  // bytes
+constexpr std::int64_t kAhead = 8192;  // bytes that few rows ask for in advance
 
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
 
