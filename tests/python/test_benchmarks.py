@@ -9,7 +9,8 @@ import pytest
 
 from qtale import _core
 
-KERNELS = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+KERNELS = BENCHMARKS / "kernels.py"
 FIELDS = {"kernel", "threads", "value", "unit", "limit", "limit_name", "share", "target", "ok", "samples", "disturbed"}
 
 
@@ -66,3 +67,18 @@ def test_an_unknown_isa_is_a_sentence():
     assert done.returncode == 1
     assert "sse9" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_importance_runs_beside_torch():
+    command = [sys.executable, str(BENCHMARKS / "importance.py"), "--quick", "--json", "-", "--k", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    rows = result["results"]
+    assert [row["kernel"] for row in rows] == ["project_topk"] * 4 + ["jaccard"] * 2
+    assert all(row["speedup"] > 0 and row["seconds"] > 0 and row["samples"] > 0 for row in rows)
+    assert {(row["matrix"], row["rows"]) for row in rows[:4]} == {
+        (matrix, count) for matrix in ("float16", "float32") for count in (1, 32)
+    }
+    assert all(row["k"] == 5 and row["torch_best"] in row["torch"] for row in rows[:4])
+    assert result["machine"]["isa"] in _core.cpu_isas()

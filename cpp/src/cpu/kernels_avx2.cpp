@@ -3,6 +3,7 @@
 
 #include "cpu/matmul_avx2.inl"
 #include "cpu/quantize.inl"
+#include "cpu/project.inl"
 
 namespace qtale::cpu {
 
@@ -14,6 +15,8 @@ const KernelTable avx2_table = {
     fake_quantize_rows,
     {acts_bytes<false>, prepare_acts<false>, run_rows<false>, kTile, 2 * kRowBlock},
     {acts_bytes<true>, prepare_acts<true>, run_rows<true>, kTile, 2 * kRowBlock},
+    projection::kernel<6, 2>,
+    jaccard_by_sorting,
 };
 
 }  // namespace qtale::cpu
