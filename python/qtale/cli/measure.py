@@ -22,7 +22,7 @@ _DEFAULT = MeasureOptions()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.add_argument("model", metavar="MODEL", help="a dense model folder, a hub name, or 'demo'")
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="importance.json to write; must not exist")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="importance.json to write, a new file")
     parser.add_argument(
         "--metrics",
         default=",".join(DEFAULT_METRICS),
@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_metric_arguments(parser)
     parser.add_argument("--resume", metavar="DIR", help="keep all state in DIR, and go on from what it holds")
     parser.add_argument(
-        "--max-memory", default="1GiB", metavar="SIZE", help="hidden states beyond it go to a file (default %(default)s)"
+        "--max-memory",
+        default="1GiB",
+        metavar="SIZE",
+        help="hidden states above it go to a file (default 1GiB)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, without the token sets")
 
@@ -57,7 +60,10 @@ def _add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     add("--matrix", default=_DEFAULT.matrix, metavar="embed|lm_head", help="jaccard: default %(default)s")
     add("--norm", default=_DEFAULT.norm, metavar="none|final", help="jaccard: before the matrix (default %(default)s)")
     add(
-        "--positions", default=_DEFAULT.positions, metavar="last|all", help="jaccard and lim: tokens (default %(default)s)"
+        "--positions",
+        default=_DEFAULT.positions,
+        metavar="last|all",
+        help="jaccard, lim: tokens (default %(default)s)",
     )
     add("--zd-tail", default=_DEFAULT.zd_tail, metavar="upper|both", help="zd: z > 1 (default) or |z| > 1")
     add(

@@ -142,7 +142,11 @@ def _check_scores(scores: Mapping[str, Any], layers: int, where: str) -> None:
 
 def _text(value: Any) -> str:
     """JSON with the inner parts of a dictionary or list on a line each."""
-    if isinstance(value, Mapping) and value and all(isinstance(part, (Mapping, list, tuple)) for part in value.values()):
+    if (
+        isinstance(value, Mapping)
+        and value
+        and all(isinstance(part, (Mapping, list, tuple)) for part in value.values())
+    ):
         parts = (f"    {json.dumps(key)}: {json.dumps(part)}" for key, part in value.items())
         return "{\n" + ",\n".join(parts) + "\n  }"
     return json.dumps(value, ensure_ascii=False)

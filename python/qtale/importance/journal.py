@@ -52,7 +52,10 @@ class Journal:
 
 @contextlib.contextmanager
 def claimed(folder: Path | None) -> Iterator[None]:
-    """Make ``folder`` and keep other measurements out of it; InputError where one runs in it or it holds other files."""
+    """Make ``folder`` and keep other measurements out of it.
+
+    Raises InputError where one runs in it already or it holds other files, Error where it cannot be written.
+    """
     if folder is None:
         yield
         return

@@ -170,7 +170,7 @@ class LayeredModel:
             with torch.no_grad():
                 arguments = self._arguments_of(hidden.shape[0], hidden.shape[1])[index]
             result = self._forwards[index](hidden, **arguments)
-            return result[0] if isinstance(result, tuple) else result
+            return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
 
         try:
             yield call

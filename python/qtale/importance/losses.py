@@ -16,7 +16,7 @@ import numpy as np
 from qtale.importance.forward import Tokens, batches, kept
 from qtale.importance.journal import Journal
 from qtale.importance.layered import LayeredModel
-from qtale.importance.metrics import rounding
+from qtale.importance.metrics import pieces, rounding
 from qtale.importance.options import ERROR_BITS, MeasureOptions
 from qtale.importance.states import States
 
@@ -93,9 +93,7 @@ class LossPass:
                     weight.grad = None
             return self._costs({name: weight.detach() for name, weight in weights.items()}, squares)
 
-    def _costs(
-        self, weights: dict[str, torch.Tensor], squares: dict[str, torch.Tensor]
-    ) -> dict[str, dict[str, float]]:
+    def _costs(self, weights: dict[str, torch.Tensor], squares: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
         scale = 0.5 / (len(self.tokens) * (self.tokens.shape[1] - 1))
         found = {}
         for bits in sorted({*ERROR_BITS, self.options.error_bits}, reverse=True):
@@ -166,7 +164,7 @@ def _present(gradient: torch.Tensor | None) -> torch.Tensor:
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    return math.fsum(float((x.double() * y).sum()) for x, y in zip(a, b, strict=True))
+    return math.fsum(float(x.dot(y)) for x, y in zip(pieces([a]), pieces([b]), strict=True))
 
 
 def _divergence(expected: torch.Tensor, predicted: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Sets = npt.NDArray[np.int32]
-# Weights are summed in float64 pieces of this many.
+# Weights are summed in float32 over pieces of this many, and over pieces in float64.
 _PIECE = 1 << 20
 
 
@@ -107,20 +107,34 @@ class ZScore:
     order: str
 
     def score(self, view: LayerView) -> LayerScore:
-        weights = [weight.reshape(-1) for weight in view.weights().values()]
-        count = sum(weight.numel() for weight in weights)
-        mean = math.fsum(float(piece.double().sum()) for piece in _pieces(weights)) / count
-        deviation = math.sqrt(math.fsum(float((piece.double() - mean).square().sum()) for piece in _pieces(weights)))
-        deviation /= math.sqrt(count)
-        above = sum(int((piece.double() > mean + deviation).sum()) for piece in _pieces(weights))
+        weights = list(view.weights().values())
+        count, mean, deviation = _moments(weights)
+        above = sum(int((weight > mean + deviation).sum()) for weight in weights)
         if self.tail == "both":
-            above += sum(int((piece.double() < mean - deviation).sum()) for piece in _pieces(weights))
+            above += sum(int((weight < mean - deviation).sum()) for weight in weights)
         return LayerScore(above / count if self.order == "reversed" else -above / count)
 
 
-def _pieces(weights: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _moments(weights: list[torch.Tensor]) -> tuple[int, float, float]:
+    """Count, mean and standard deviation of all elements, joined from those of pieces."""
+    import torch
+
+    parts = []
+    for piece in pieces(weights):
+        moments = torch.var_mean(piece, correction=0)
+        parts.append((piece.numel(), float(moments[1]), float(moments[0])))
+    count = sum(size for size, _, _ in parts)
+    mean = math.fsum(size * mean for size, mean, _ in parts) / count
+    square = math.fsum(size * (variance + (part - mean) ** 2) for size, part, variance in parts)
+    return count, mean, math.sqrt(square / count)
+
+
+def pieces(weights: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """All elements of some tensors, flat, a million at a time."""
+    import torch
+
     for weight in weights:
-        yield from weight.split(_PIECE)
+        yield from torch.split(weight.reshape(-1), _PIECE)
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ def rounding(name: str, weight: torch.Tensor, spec: QuantSpec, scale_dtype: str)
 
 
 def _square(values: torch.Tensor) -> float:
-    return math.fsum(float(piece.double().square().sum()) for piece in values.reshape(-1).split(_PIECE))
+    return math.fsum(float(piece.norm()) ** 2 for piece in pieces([values]))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class MeasureOptions:
 
     def spec(self, num_bits: int) -> QuantSpec:
         """The symmetric quantization to ``num_bits`` whose error is measured; InputError for unknown bits or groups."""
-        return QuantSpec(num_bits, self.group_size)  # type: ignore[arg-type]
+        return QuantSpec(num_bits, self.group_size)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of all settings."""

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class States(Protocol):
     """Named arrays float32 [count, length, hidden], written once from the first sequence to the last."""
 
-    def writing(self, name: str) -> Iterator[Write]:
+    def writing(self, name: str) -> AbstractContextManager[Write]:
         """A context in which sequences [n, length, hidden] are appended; the array exists when it is left."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
