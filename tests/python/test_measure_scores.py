@@ -103,16 +103,19 @@ def test_quantization_errors(sample, bits: int) -> None:
     )
     assert set(found.errors) == {"8", "4", "3", "2"}
     for name, weight in linear_weights(whole, 1).items():
-        error = rounded(weight, 3, 32, torch.float32) - weight.detach()
-        assert found.errors["3"][name] == pytest.approx(float(error.norm() / weight.norm()) ** 2, rel=1e-4)
+        assert found.errors["3"][name] == pytest.approx(relative_square(weight, 3, torch.float32), rel=1e-4)
+
+
+def relative_square(weight: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> float:
+    weight = weight.detach()
+    return float((rounded(weight, bits, 32, scale_dtype) - weight).norm() / weight.norm()) ** 2
 
 
 def test_scales_are_rounded_as_quantize_stores_them(tmp_path: Path) -> None:
     path, tokens = save_model(tmp_path / "half", "llama", torch.bfloat16), some_tokens(1)
     found = measured(path, tokens, metrics=("error",), group_size=32)
     for name, weight in linear_weights(load_model(path), 0).items():
-        error = rounded(weight, 4, 32, torch.bfloat16) - weight.detach()
-        assert found.errors["4"][name] == pytest.approx(float(error.norm() / weight.norm()) ** 2, rel=1e-4)
+        assert found.errors["4"][name] == pytest.approx(relative_square(weight, 4, torch.bfloat16), rel=1e-4)
 
 
 def test_fisher_equals_gradients_of_the_whole_model(sample) -> None:
