@@ -59,6 +59,9 @@ class MeasureOptions:
     noise: float = 0.1
 
     def __post_init__(self) -> None:
+        if isinstance(self.metrics, str):
+            raise InputError(f"measure: metrics {self.metrics!r} must be a sequence of names, as ({self.metrics!r},).")
+        object.__setattr__(self, "metrics", tuple(self.metrics))
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown or not self.metrics:
             asked = ", ".join(map(repr, unknown)) or "nothing"
