@@ -1,55 +1,11 @@
-// x times a vocabulary over the Vec of the including file's instruction set. Many rows: the lanes are rows of x and
-// entries are broadcast, so nothing of the matrix is transposed. Few rows: the lanes run along the depth, and the
-// matrix is read where it lies, once.
+// x times a vocabulary over the Vec of the including file's instruction set. The lanes are rows of x and entries are
+// broadcast, so nothing of the matrix is transposed.
 #pragma once
 
-#include "cpu/elements.inl"
-#include "cpu/kernels.h"
-#include "cpu/topk.h"
-#include "cpu/unroll.h"
+#include "cpu/project_few.inl"
 
 namespace qtale::cpu::projection {
 namespace {
-
-constexpr std::int64_t kDepth = 256;           // of one block: its part of x stays in L1
-constexpr std::int64_t kStride = kDepth + 16;  // floats from entry to entry: no two lines of a tile share a set
-constexpr std::int64_t kStep = 16;             // depth of one round of the inner loop
-constexpr std::int64_t kEntries = 96;          // of one tile: shared by all rows
-constexpr int kFewRows = kWidth * 3 / 4;
-constexpr int kFewTile = 4;            // rows
-constexpr std::int64_t kAhead = 4096;  // bytes
-
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
-
-// Depth in equal blocks of whole rounds; the same for every tile, as sums are rounded after each block.
-inline std::int64_t block_depth(std::int64_t depth) {
-  const std::int64_t blocks = (depth + kDepth - 1) / kDepth;
-  return blocks == 0 ? kStep : round_up((depth + blocks - 1) / blocks, kStep);
-}
-
-template <int Vecs>
-std::size_t packed_bytes(std::int64_t rows, std::int64_t depth) {
-  const std::int64_t padded_rows = rows <= kFewRows ? rows : round_up(rows, Vecs * kWidth);
-  return static_cast<std::size_t>(padded_rows * round_up(depth, kStep)) * sizeof(float);
-}
-
-// Rows [rows, padded depth] for few of them, else panels [padded depth, lanes]; zeros fill the padding.
-template <int Vecs>
-void pack(const ProjectArgs& a, std::int64_t begin, std::int64_t end) {
-  constexpr std::int64_t kPanel = Vecs * kWidth;
-  const std::int64_t padded = round_up(a.depth, kStep);
-  const auto* x = static_cast<const float*>(a.x.data);
-  auto* out = reinterpret_cast<float*>(a.packed) + begin * padded;
-  if (a.rows <= kFewRows) {
-    for (std::int64_t r = begin; r < end; ++r)
-      for (std::int64_t i = 0; i < padded; ++i) *out++ = i < a.depth ? x[r * a.x.stride + i] : 0.0f;
-    return;
-  }
-  for (std::int64_t r = begin; r < end; r += kPanel)
-    for (std::int64_t i = 0; i < padded; ++i)
-      for (std::int64_t lane = 0; lane < kPanel; ++lane)
-        *out++ = i < a.depth && r + lane < a.rows ? x[(r + lane) * a.x.stride + i] : 0.0f;
-}
 
 // What one thread needs: a ring of groups of entries as float32, one more than a tile has, and the sums of one tile
 // [panels][entries][lanes].
@@ -238,57 +194,6 @@ class ManyRows {
   std::int64_t block_, padded_;
   std::int64_t slot_ = 0;  // of the first group of a block
 };
-
-// Rows of x times Entries rows of the matrix where they lie.
-template <class E, int Rows, int Entries>
-__attribute__((noipa)) void tile_few(const float* x, std::int64_t padded, const typename E::T* matrix,
-                                     std::int64_t stride, std::int64_t depth, float* sums) {
-  VecF acc[Rows][Entries];
-  unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { acc[r][e] = set1(0.0f); });
-  });
-  const auto step = [&](auto&& load) QTALE_INLINE_LAMBDA {
-    VecF entry[Entries];
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { entry[e] = load(e); });
-    unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-      const VecF row = load_f32(x + r * padded);
-      unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { accumulate(acc[r][e], row, entry[e]); });
-    });
-  };
-  const typename E::T* const end = matrix + depth / kWidth * kWidth;
-#pragma GCC unroll 1
-  for (; matrix != end; matrix += kWidth, x += kWidth) {
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA {
-      __builtin_prefetch(reinterpret_cast<const char*>(matrix + e * stride) + kAhead);
-    });
-    step([&](auto e) QTALE_INLINE_LAMBDA { return E::load(matrix + e * stride); });
-  }
-  if (depth % kWidth != 0)
-    step([&](auto e) QTALE_INLINE_LAMBDA { return load_part<E>(matrix + e * stride, depth % kWidth); });
-  unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { sums[r * Entries + e] = reduce_add(acc[r][e]); });
-  });
-}
-
-// Entries [entry, entry + Entries) times all of few rows.
-template <class E, int Entries>
-inline void few_rows(const ProjectArgs& a, std::int64_t entry, Candidates& c) {
-  static constexpr decltype(&tile_few<E, 1, Entries>) kTiles[kFewTile] = {
-      tile_few<E, 1, Entries>, tile_few<E, 2, Entries>, tile_few<E, 3, Entries>, tile_few<E, 4, Entries>};
-  const auto* matrix = static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride;
-  const auto* x = reinterpret_cast<const float*>(a.packed);
-  const std::int64_t padded = round_up(a.depth, kStep);
-  float sums[kFewTile * Entries];
-  for (std::int64_t row = 0; row < a.rows; row += kFewTile) {
-    const std::int64_t rows = min64(kFewTile, a.rows - row);
-    kTiles[rows - 1](x + row * padded, padded, matrix, a.matrix.stride, a.depth, sums);
-    for (std::int64_t r = 0; r < rows; ++r)
-      for (int e = 0; e < Entries; ++e) {
-        const float sum = sums[r * Entries + e];
-        if (!(sum <= c.thresholds[row + r])) offer(c, row + r, entry + e, sum);
-      }
-  }
-}
 
 template <int Group, int Vecs>
 void run(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates& c) {
