@@ -7,6 +7,7 @@ hidden states from ``output_hidden_states``; the scores are those of ``qtale.imp
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -53,17 +54,13 @@ def with_transformers(path: str, tokens: np.ndarray) -> dict[str, list[float]]:
             scores["lim"].append(-cosines[:, :, -1])
             scores["bi"].append(1 - cosines.mean(2))
             best = (states[:, :, -1] @ matrix.T).topk(k).indices.tolist()
-            scores["jaccard"].append(
-                torch.tensor([[_jaccard(*ab) for ab in zip(a, b)] for a, b in zip(best, best[1:])])
-            )
+            pairs = [itertools.pairwise([set(row[at]) for row in best]) for at in range(len(ids))]
+            found = [[1 - len(a & b) / len(a | b) for a, b in sequence] for sequence in pairs]
+            scores["jaccard"].append(torch.tensor(found, dtype=torch.float64).T)
         means = {metric: torch.cat(parts, 1).double().mean(1).tolist() for metric, parts in scores.items()}
         means["zd"] = [-_zd(layer) for layer in layers]
         means["error"] = [_error(layer) for layer in layers]
     return means
-
-
-def _jaccard(a: list[int], b: list[int]) -> float:
-    return 1 - len(set(a) & set(b)) / len(set(a) | set(b))
 
 
 def _weights(layer: Any) -> list[Any]:
@@ -87,10 +84,8 @@ def _error(layer: Any) -> float:
         for weight in _weights(layer):
             scale = (weight.abs().amax(1, keepdim=True) / ((2**bits - 1) / 2)).half().float()
             codes = (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            errors, norms = (
-                errors + float((codes * scale - weight).square().sum()),
-                norms + float(weight.square().sum()),
-            )
+            errors += float((codes * scale - weight).square().sum())
+            norms += float(weight.square().sum())
         found[bits] = (errors / norms) ** 0.5
     return found[4]
 
@@ -125,6 +120,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _apart(a: list[float], b: list[float]) -> float:
+    return float(np.abs(np.subtract(a, b)).max())
+
+
 def run(arguments: argparse.Namespace, way: str, tokens: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--way", way, "--model", arguments.model, "--tokens", str(tokens)]
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -152,17 +151,10 @@ def main() -> int:
         seconds, cpu, peak = result["seconds"], result["cpu_seconds"], result["peak_bytes"] / 2**20
         print(f"{result['way']:12} {seconds:8.1f} s  {cpu:8.1f} s of CPU time  peak {peak:7.0f} MiB")
     ours, plain = results
-    shared = ours["scores"].keys() & plain["scores"].keys()
-    apart = {
-        metric: float(np.abs(np.subtract(ours["scores"][metric], plain["scores"][metric])).max()) for metric in shared
-    }
-    print(
-        f"time {ours['seconds'] / plain['seconds']:.2f}, memory {ours['peak_bytes'] / plain['peak_bytes']:.2f} of it;"
-    )
-    print(
-        "largest difference of a score: "
-        + ", ".join(f"{metric} {value:.1e}" for metric, value in sorted(apart.items()))
-    )
+    time_ratio, memory_ratio = (ours[key] / plain[key] for key in ("seconds", "peak_bytes"))
+    print(f"qtale takes {time_ratio:.2f} of the time and {memory_ratio:.2f} of the memory")
+    apart = {name: _apart(ours["scores"][name], scores) for name, scores in plain["scores"].items()}
+    print("largest difference of a score: " + ", ".join(f"{name} {value:.1e}" for name, value in apart.items()))
     if arguments.json:
         text = json.dumps({"threads": arguments.threads, "results": results, "apart": apart}, indent=2)
         Path(arguments.json).write_text(text + "\n", encoding="utf-8")
