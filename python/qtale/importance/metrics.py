@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Sets = npt.NDArray[np.int32]
 # Weights are summed in float32 over pieces of this many, and over pieces in float64.
 _PIECE = 1 << 20
+# The cosine of a zero vector with any other is taken as zero.
+_TINY = 1e-30
 
 
 class LayerView(Protocol):
@@ -90,7 +92,9 @@ class Cosine:
         values: list[float] = []
         for before, after in view.states_of_layer():
             first = slice(-1, None) if self.positions == "last" else slice(None)
-            cosines = torch.cosine_similarity(before[:, first].double(), after[:, first].double(), dim=-1)
+            a, b = before[:, first], after[:, first]
+            lengths = torch.linalg.vector_norm(a, dim=-1).double() * torch.linalg.vector_norm(b, dim=-1).double()
+            cosines = torch.linalg.vecdot(a, b).double() / lengths.clamp_min(_TINY)
             values += (self.offset - cosines.mean(1)).tolist()
         return LayerScore.mean(values)
 
