@@ -73,7 +73,7 @@ def _zd(layer: Any) -> float:
     import torch
 
     flat = torch.cat([weight.flatten() for weight in _weights(layer)])
-    return float((flat > flat.mean() + flat.std()).float().mean())
+    return float((flat > flat.mean() + flat.std(correction=0)).float().mean())
 
 
 def _error(layer: Any) -> float:
