@@ -37,6 +37,12 @@ def block_index(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def split_block(module: str) -> tuple[int, str] | None:
+    """Block number and name inside the block: ``model.layers.7.mlp.up_proj`` → (7, ``mlp.up_proj``); None outside."""
+    match = _BLOCK.search(module)
+    return (int(match.group(1)), module[match.end() :]) if match else None
+
+
 def module_of(tensor: str) -> str:
     """The module that owns a tensor: its name without the last part."""
     return tensor.rpartition(".")[0]

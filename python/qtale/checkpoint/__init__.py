@@ -2,6 +2,7 @@
 
 from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.checkpoint.hub import resolve
+from qtale.checkpoint.identity import fingerprint
 from qtale.checkpoint.output import output_folder
 from qtale.checkpoint.safetensors import Shard, TensorInfo, read_header
 from qtale.checkpoint.writer import ShardWriter
@@ -11,6 +12,7 @@ __all__ = [
     "Shard",
     "ShardWriter",
     "TensorInfo",
+    "fingerprint",
     "open_folder",
     "output_folder",
     "read_header",
