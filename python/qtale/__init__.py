@@ -11,6 +11,8 @@ from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
     from qtale import demo, doctor, nn, ops
+    from qtale.importance.options import MeasureOptions
+    from qtale.integrations.measure import measure
     from qtale.integrations.transformers import load_torch
     from qtale.ptq.pipeline import quantize
     from qtale.report.inspect import inspect
@@ -21,6 +23,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "quantize": "qtale.ptq.pipeline",
     "load_torch": "qtale.integrations.transformers",
+    "measure": "qtale.integrations.measure",
+    "MeasureOptions": "qtale.importance.options",
     "inspect": "qtale.report.inspect",
 }
 _LAZY_MODULES = ("demo", "doctor", "nn", "ops")
@@ -29,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "Error",
     "InputError",
+    "MeasureOptions",
     "NetworkError",
     "QuantSpec",
     "UnsupportedError",
@@ -36,6 +41,7 @@ __all__ = [
     "doctor",
     "inspect",
     "load_torch",
+    "measure",
     "nn",
     "ops",
     "quantize",

@@ -1,0 +1,173 @@
+"""Scores from the model's loss: how much worse it gets when one layer's weights change.
+
+Both walk over the layers with the hidden states that the forward pass kept, so one layer at a time is in memory; with
+``fisher`` its gradient and their squares are too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qtale.importance.forward import Tokens, batches, kept
+from qtale.importance.journal import Journal
+from qtale.importance.layered import LayeredModel
+from qtale.importance.metrics import pieces, rounding
+from qtale.importance.options import ERROR_BITS, MeasureOptions
+from qtale.importance.states import States
+
+if TYPE_CHECKING:
+    import torch
+
+# Positions of each sequence at which ``noise`` compares predictions, evenly spaced: the head is a large matrix.
+KL_POSITIONS = 64
+
+
+def _gradient(index: int) -> str:
+    return f"gradient-{index}"
+
+
+@dataclass(frozen=True)
+class LossPass:
+    """Walks of ``fisher`` and ``noise`` over the kept hidden states of ``tokens`` [sequences, length]."""
+
+    model: LayeredModel
+    states: States
+    tokens: Tokens
+    options: MeasureOptions
+    journal: Journal
+
+    def fisher(self, bar: Any) -> None:
+        """Predicted loss increase of quantizing each layer, from the empirical Fisher information.
+
+        The journal's entry ``fisher`` maps a layer to bits → module → 1/2 sum_w F_w (ŵ_w - w_w)^2, in nats per token,
+        where F_w is the mean over sequences of (d loss / d w)^2 with the loss summed over the sequence, divided by
+        its length (LeCun et al., Optimal Brain Damage, 1989, with the Fisher information for the Hessian).
+        """
+        done = self.journal.entries.get("fisher", {})
+        if not done:
+            self._head_gradient()
+        bar.update(len(done))
+        for index in reversed(range(self.model.num_layers - len(done))):
+            costs = self._layer_costs(index)
+            self.journal.save("fisher", {**self.journal.entries.get("fisher", {}), str(index): costs})
+            self.states.drop(_gradient(index + 1))
+            bar.update()
+
+    def clear(self) -> None:
+        """Drop all states that the walks used."""
+        for index in range(self.model.num_layers + 1):
+            self.states.drop(kept(index))
+            self.states.drop(_gradient(index))
+
+    def _head_gradient(self) -> None:
+        import torch
+
+        last = self.model.num_layers
+        with self.model.head() as head, self.states.writing(_gradient(last)) as write:
+            for sequence, ids in enumerate(self.tokens):
+                hidden = self.states.read(kept(last), sequence, sequence + 1).clone().requires_grad_()
+                logits = head(hidden)[0, :-1]
+                torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="sum").backward()  # type: ignore[no-untyped-call]
+                write(_present(hidden.grad))
+
+    def _layer_costs(self, index: int) -> dict[str, dict[str, float]]:
+        import torch
+
+        with self.model.layer(index) as layer, self.states.writing(_gradient(index)) as write:
+            weights = self.model.linears(index)
+            squares = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
+            for weight in weights.values():
+                weight.requires_grad_()
+            for sequence in range(len(self.tokens)):
+                hidden = self.states.read(kept(index), sequence, sequence + 1).clone().requires_grad_()
+                layer(hidden).backward(self.states.read(_gradient(index + 1), sequence, sequence + 1))  # type: ignore[no-untyped-call]
+                write(_present(hidden.grad))
+                for name, weight in weights.items():
+                    gradient = _present(weight.grad)
+                    squares[name].addcmul_(gradient, gradient)
+                    weight.grad = None
+            return self._costs({name: weight.detach() for name, weight in weights.items()}, squares)
+
+    def _costs(self, weights: dict[str, torch.Tensor], squares: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+        scale = 0.5 / (len(self.tokens) * (self.tokens.shape[1] - 1))
+        found = {}
+        for bits in sorted({*ERROR_BITS, self.options.error_bits}, reverse=True):
+            spec = self.options.spec(bits)
+            found[str(bits)] = {
+                name: scale * _dot(squares[name], rounding(name, weight, spec, self.model.scale_dtype).square_())
+                for name, weight in weights.items()
+            }
+        return found
+
+    def noise(self, bar: Any) -> None:
+        """How the predictions change when noise is added to the weights of one layer, as HIGGS measures it.
+
+        The journal's entry ``noise`` lists KL(p || p') / t^2 in nats per token for each layer, p' being the model with
+        Gaussian noise of relative Frobenius size t in every Linear of that layer (Malinovskii et al.,
+        arXiv 2411.17525). The divergence stands for the increase of the loss: its part that is linear in the noise,
+        which is chance, is zero.
+        """
+        found = list(self.journal.entries.get("noise", []))
+        bar.update(len(found))
+        if len(found) == self.model.num_layers:
+            return
+        expected = self._predictions([self.states.read(kept(self.model.num_layers), *span) for span in self._spans()])
+        for index in range(len(found), self.model.num_layers):
+            predicted = self._predictions(self._disturbed(index))
+            found.append(_divergence(expected, predicted) / self.options.noise**2)
+            self.journal.save("noise", found)
+            bar.update()
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        return batches(*self.tokens.shape)
+
+    def _disturbed(self, index: int) -> list[torch.Tensor]:
+        """The last hidden states of every batch when layer ``index`` is disturbed and those after it are not."""
+        import torch
+
+        hidden = [self.states.read(kept(index), *span) for span in self._spans()]
+        for later in range(index, self.model.num_layers):
+            with self.model.layer(later) as layer, torch.no_grad():
+                if later == index:
+                    self._add_noise(index)
+                hidden = [layer(batch) for batch in hidden]
+        return hidden
+
+    def _add_noise(self, index: int) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(self.options.seed * 100_003 + index)
+        for weight in self.model.linears(index).values():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(noise, alpha=self.options.noise * float(weight.norm()) / math.sqrt(weight.numel()))
+
+    def _predictions(self, hidden: list[torch.Tensor]) -> torch.Tensor:
+        """Log probabilities [positions, vocab] of the tokens after evenly spaced positions of every sequence."""
+        import torch
+
+        length = self.tokens.shape[1]
+        chosen = torch.from_numpy(np.linspace(0, length - 1, min(KL_POSITIONS, length)).round().astype(np.int64))
+        with self.model.head() as head, torch.no_grad():
+            rows = [head(batch[:, chosen]).log_softmax(-1).flatten(0, 1) for batch in hidden]
+        return torch.cat(rows)
+
+
+def _present(gradient: torch.Tensor | None) -> torch.Tensor:
+    if gradient is None:
+        raise RuntimeError("measure: the backward pass gave no gradient")
+    return gradient
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return math.fsum(float(x.dot(y)) for x, y in zip(pieces([a]), pieces([b]), strict=True))
+
+
+def _divergence(expected: torch.Tensor, predicted: torch.Tensor) -> float:
+    from torch.nn.functional import kl_div
+
+    return float(kl_div(predicted, expected, log_target=True, reduction="batchmean"))
