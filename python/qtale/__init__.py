@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qtale.importance.options import MeasureOptions
     from qtale.integrations.measure import measure
     from qtale.integrations.transformers import load_torch
+    from qtale.planner.make import plan
     from qtale.ptq.pipeline import quantize
     from qtale.report.inspect import inspect
 
@@ -26,6 +27,7 @@ _LAZY = {
     "measure": "qtale.integrations.measure",
     "MeasureOptions": "qtale.importance.options",
     "inspect": "qtale.report.inspect",
+    "plan": "qtale.planner.make",
 }
 _LAZY_MODULES = ("demo", "doctor", "nn", "ops")
 
@@ -44,6 +46,7 @@ __all__ = [
     "measure",
     "nn",
     "ops",
+    "plan",
     "quantize",
 ]
 

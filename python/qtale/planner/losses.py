@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.identity import fingerprint
 from qtale.checkpoint.index import read_json_object
-from qtale.checkpoint.output import write_file
 from qtale.errors import CheckpointError, InputError
 from qtale.memory.shape import LinearShape
+from qtale.planner.files import write_whole
 from qtale.planner.options import Options
-from qtale.planner.scores import ErrorTable, parse_errors
+from qtale.planner.scores import parse_errors
 
 FORMAT = "qtale.errors"
+ErrorTable = Mapping[int, Mapping[str, float]]
 _logger = logging.getLogger("qtale")
 
 
@@ -25,17 +27,20 @@ def error_table(
     bits: Iterable[int],
     options: Options,
     *,
+    known: ErrorTable | None = None,
     file: str | Path | None = None,
     progress: bool = True,
 ) -> ErrorTable:
     """Bits → module → |ŵ - w|² / |w|² of rounding to nearest, one tensor in memory at a time; 16 bits have none.
 
-    ``file`` keeps the table: what it holds for this model, groups and symmetry is not computed again, and what it
-    lacks is added. Raises InputError where the file belongs to another model or other groups, CheckpointError for NaN
-    or infinite weights.
+    ``known`` is part of the table already. ``file`` keeps it: what it holds for this model, groups and symmetry is not
+    computed again, and what it lacks is added. Raises InputError where the file belongs to another model or other
+    groups, CheckpointError for NaN or infinite weights.
     """
     path = None if file is None else Path(file).expanduser()
-    table = _read(path, folder, options) if path is not None and path.exists() else {}
+    table = {width: dict(row) for width, row in (known or {}).items()}
+    for width, row in (_read(path, folder, options) if path is not None and path.exists() else {}).items():
+        table.setdefault(width, {}).update(row)
     missing = [
         (linear, width)
         for linear in linears
@@ -45,7 +50,7 @@ def error_table(
     if missing:
         _compute(folder, missing, options, table, progress)
         if path is not None:
-            write_file(path, _to_json(folder, options, table))
+            write_whole(path, _text(folder, options, table))
     return table
 
 
@@ -91,6 +96,7 @@ def _key(folder: ModelFolder, options: Options) -> dict[str, object]:
     return {"fingerprint": fingerprint(folder), "group_size": options.group_size, "symmetric": options.symmetric}
 
 
-def _to_json(folder: ModelFolder, options: Options, table: ErrorTable) -> dict[str, object]:
+def _text(folder: ModelFolder, options: Options, table: ErrorTable) -> str:
     errors = {str(width): dict(row) for width, row in sorted(table.items())}
-    return {"format": FORMAT, "version": 1, **_key(folder, options), "errors": errors}
+    value = {"format": FORMAT, "version": 1, **_key(folder, options), "errors": errors}
+    return json.dumps(value, indent=1) + "\n"

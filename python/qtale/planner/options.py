@@ -73,7 +73,9 @@ class Options:
         if self.granularity not in GRANULARITIES:
             raise InputError(f"plan: granularity {self.granularity!r} is not known; use 'layer' or 'module'.")
         if self.mode == "paper" and (self.choices != PAPER_BITS or self.granularity != "layer"):
-            raise InputError("plan: mode paper gives whole layers 16, 8 or 4 bits; use mode knapsack for other choices.")
+            raise InputError(
+                "plan: mode paper gives whole layers 16, 8 or 4 bits; use mode knapsack for other choices."
+            )
         if self.head_bits != AUTO and self.head_bits not in BITS:
             raise InputError(f"plan: head bits {self.head_bits!r}; use {', '.join(map(str, BITS))} or 'auto'.")
         if self.head_bits == AUTO and self.mode not in ("greedy", "knapsack"):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtale import names
-from qtale.errors import Error, InputError
+from qtale.errors import InputError
 from qtale.planner.fields import parse_plan
+from qtale.planner.files import write_whole
 from qtale.spec import QuantSpec
 
 AS_STORED = 16
@@ -166,23 +165,8 @@ class Plan:
         return cls.from_json(value, str(path))
 
     def write(self, path: str | Path) -> None:
-        """Write the plan, one layer a line for people to edit; the file appears whole or, on an error, not at all."""
-        path = Path(path).expanduser()
-        temporary = ""
-        try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.text())
-                file.flush()
-                os.fsync(file.fileno())
-                mask = os.umask(0)
-                os.umask(mask)
-                os.fchmod(file.fileno(), 0o666 & ~mask)
-            Path(temporary).replace(path)
-        except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            raise Error(f"{path}: cannot be written: {error.strerror or error}.") from error
+        """Write the plan, one layer a line for people to edit, replacing a file that is there. Raises Error."""
+        write_whole(Path(path).expanduser(), self.text())
 
     def text(self) -> str:
         """The text of plan.json."""

@@ -1,105 +1,74 @@
-"""importance.json as the planner reads it: one score for each layer and metric, higher meaning more important."""
+"""How much a layer's rounding errors count: the scores of importance.json as factors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from qtale.checkpoint.index import read_json_object
 from qtale.errors import InputError
 
-FORMAT = "qtale.importance"
 NO_METRIC = "none"
-# Metrics by what they have to say about rounding errors; those of a file that stand here first are taken first.
-PREFERRED = ("fisher", "noise", "jaccard", "lim", "bi", "zd")
+AUTO = "auto"
+# Those that estimate the loss itself come first; ``auto`` takes the first that the file has.
+_PREFERRED = ("fisher", "noise", "jaccard", "bi", "lim", "error", "zd")
 # The least that a layer counts, as a share of the most important one.
 _FLOOR = 0.01
 
-ErrorTable = Mapping[int, Mapping[str, float]]
+
+class Scores(Protocol):
+    """What the planner needs of :class:`qtale.importance.Importance`."""
+
+    @property
+    def scores(self) -> Mapping[str, Sequence[float]]: ...
 
 
-@dataclass(frozen=True)
-class Importance:
-    """Scores of one model's layers; ``errors`` is bits → module → squared quantization error, empty if not measured."""
+def chosen_metric(importance: Scores | None, asked: str, mode: str) -> str:
+    """The metric to plan by: ``asked``, or for ``auto`` Jaccard in mode paper and else the first preferred one.
 
-    path: Path
-    fingerprint: str
-    model_path: str
-    num_layers: int
-    scores: Mapping[str, tuple[float, ...]]
-    errors: ErrorTable
-
-    def metric(self, asked: str, mode: str) -> str:
-        """The metric to use: ``asked``, or for ``auto`` Jaccard in mode paper and else the first preferred one.
-
-        Raises InputError naming the metrics of the file where it lacks the one that is asked for.
-        """
-        order = ("jaccard", *PREFERRED) if mode == "paper" else PREFERRED
-        chosen = next((name for name in (*order, *self.scores) if name in self.scores), asked)
-        if asked != "auto":
-            chosen = asked
-        if chosen not in self.scores:
-            raise InputError(f"{self.path}: has no scores of {chosen!r}; it holds {', '.join(self.scores) or 'none'}.")
-        return chosen
+    Without importance it is ``none``: all layers count the same. Raises InputError for scores that are not there.
+    """
+    if importance is None or asked == NO_METRIC:
+        if asked not in (AUTO, NO_METRIC):
+            raise InputError(
+                f"plan: metric {asked!r} needs scores; give importance.json of `qtale measure` instead of the model."
+            )
+        return NO_METRIC
+    if asked == AUTO:
+        order = ("jaccard", *_PREFERRED) if mode == "paper" else _PREFERRED
+        return str(next(name for name in (*order, *importance.scores) if name in importance.scores))
+    if asked not in importance.scores:
+        raise InputError(f"plan: there are no scores by {asked!r}; there are {', '.join(importance.scores)}.")
+    return asked
 
 
-def read_importance(path: Path) -> Importance:
-    """Read importance.json; raises InputError where it is none, or scores are not one finite number for each layer."""
-    value = read_json_object(path)
-    if value.get("format") != FORMAT or value.get("version") != 1:
-        raise InputError(
-            f"{path}: is no importance file of version 1 (its 'format' is {value.get('format')!r}); make one with "
-            "`qtale measure`."
-        )
-    model = value.get("model")
-    if not isinstance(model, Mapping) or not all(isinstance(model.get(key), str) for key in ("fingerprint", "path")):
-        raise InputError(f"{path}: 'model' must hold the fingerprint and path of the model.")
-    count = model.get("num_layers")
-    if type(count) is not int or count < 1:
-        raise InputError(f"{path}: num_layers is {count!r}; it must be 1 or more.")
-    scores = value.get("scores")
-    if not isinstance(scores, Mapping):
-        raise InputError(f"{path}: 'scores' must be an object of metrics and their scores by layer.")
-    parsed = {str(name): _row(row, count, f"{path}: scores of {name!r}") for name, row in scores.items()}
-    errors = _errors(value.get("errors") or {}, path)
-    return Importance(path, model["fingerprint"], model["path"], count, parsed, errors)
+def layer_scores(importance: Scores | None, metric: str, num_layers: int) -> tuple[float, ...]:
+    """One score for each layer, higher for more important ones; all 1 for the metric ``none``."""
+    if importance is None or metric == NO_METRIC:
+        return (1.0,) * num_layers
+    scores = importance.scores[metric]
+    if len(scores) != num_layers:
+        raise InputError(f"plan: {len(scores)} scores by {metric!r} are given for a model of {num_layers} layers.")
+    return tuple(scores)
 
 
-def layer_weights(scores: Sequence[float]) -> tuple[float, ...]:
+def as_factors(scores: Sequence[float]) -> tuple[float, ...]:
     """Scores as factors of errors: shifted to begin at 0 where one is negative, and at least 1 % of the largest."""
     least = min(0.0, *scores)
     shifted = [score - least for score in scores]
     most = max(shifted)
-    return tuple(max(score / most, _FLOOR) for score in shifted) if most > 0 else (1.0,) * len(shifted)
+    return tuple(max(score, _FLOOR * most) for score in shifted) if most > 0 else (1.0,) * len(shifted)
 
 
 def parse_errors(value: Any, where: str) -> dict[int, dict[str, float]]:
-    """An error table from JSON: bits (as text) → module → a number of 0 or more; InputError for anything else."""
+    """A table from JSON: bits (as text) → module → a number of 0 or more; InputError for anything else."""
     if not isinstance(value, Mapping):
-        raise InputError(f"{where} must be an object of bits and errors by module.")
+        raise InputError(f"{where} must be an object of bits and numbers by module.")
     table: dict[int, dict[str, float]] = {}
     for bits, row in value.items():
         if not str(bits).isdecimal() or not isinstance(row, Mapping):
-            raise InputError(f"{where}: {bits!r} must be a number of bits with an object of errors by module.")
+            raise InputError(f"{where}: {bits!r} must be a number of bits with an object of numbers by module.")
         for module, error in row.items():
-            if not _is_number(error) or error < 0:
-                raise InputError(f"{where}: {bits} bits of {module} have the error {error!r}; it must be 0 or more.")
+            if isinstance(error, bool) or not isinstance(error, int | float) or not 0 <= error < float("inf"):
+                raise InputError(f"{where}: {bits} bits of {module} have {error!r}; it must be a number, 0 or more.")
         table[int(bits)] = {str(module): float(error) for module, error in row.items()}
     return table
-
-
-def _errors(value: Any, path: Path) -> ErrorTable:
-    return parse_errors(value, f"{path}: 'errors'")
-
-
-def _row(row: Any, count: int, where: str) -> tuple[float, ...]:
-    if not isinstance(row, list) or len(row) != count or not all(map(_is_number, row)):
-        raise InputError(f"{where} must be a list of {count} finite numbers, one for each layer.")
-    return tuple(map(float, row))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
