@@ -97,7 +97,7 @@ class QuantizeReport:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Worklist:
     """Rows by module name, and the modules that the ``ignore`` list must name."""
 
     rows: Mapping[str, LayerRow]
@@ -105,7 +105,7 @@ class Plan:
     left_dense: tuple[str, ...]
 
 
-def plan_quantization(folder: ModelFolder, spec: QuantSpec, overrides: Overrides) -> Plan:
+def list_work(folder: ModelFolder, spec: QuantSpec, overrides: Overrides) -> Worklist:
     """Decide what becomes of every matrix of a dense folder.
 
     Raises InputError for a group size that does not divide, an override that names no layer, or q/k/v and gate/up with
@@ -134,17 +134,17 @@ def plan_quantization(folder: ModelFolder, spec: QuantSpec, overrides: Overrides
     dense = _dense_matrices(folder, rows)
     left_dense = tuple(module for module in dense if names.block_index(f"{module}.") is not None)
     head = [] if "lm_head" in dense else ["lm_head"]
-    return Plan(rows, (*head, *dense), left_dense)
+    return Worklist(rows, (*head, *dense), left_dense)
 
 
-def build_report(folder: ModelFolder, plan: Plan, out: str | None, dry_run: bool) -> QuantizeReport:
-    """The report of a plan; sizes are exact because the layout is known."""
-    rows = tuple(plan.rows.values())
+def build_report(folder: ModelFolder, work: Worklist, out: str | None, dry_run: bool) -> QuantizeReport:
+    """The report of a worklist; sizes are exact because the layout is known."""
+    rows = tuple(work.rows.values())
     before = folder.nbytes
     after = before + sum(row.bytes_after - row.bytes_before for row in rows)
     parameters = sum(info.numel for info in folder.tensors.values())
     return QuantizeReport(
-        str(folder.path), out, dry_run, rows, plan.left_dense, parameters, before, after, _peak_bytes(rows)
+        str(folder.path), out, dry_run, rows, work.left_dense, parameters, before, after, _peak_bytes(rows)
     )
 
 
