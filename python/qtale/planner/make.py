@@ -109,7 +109,7 @@ class Planner:
         if mode == "greedy":
             return solve.greedy(items, budget).choices
         found = solve.knapsack(items, budget)
-        _logger.info("knapsack: optimal to %d of its %d", found.resolution, budget)
+        _logger.info("knapsack: %d to spend, optimal to steps of %d", budget, found.resolution)
         return found.choices
 
     def _plan(self, items: list[Item], choices: tuple[int, ...], budget: int | None) -> Plan:

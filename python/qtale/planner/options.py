@@ -46,14 +46,14 @@ class Options:
             raise InputError(f"plan: mode {self.mode!r} is not known; use {', '.join(MODES)}.")
         is_paper = self.mode == "paper"
         by_layer = self.mode in ("paper", "uniform")
-        choices = self.choices or (PAPER_BITS if is_paper else DEFAULT_CHOICES)
+        choices = (PAPER_BITS if is_paper else DEFAULT_CHOICES) if self.choices is None else self.choices
         found = Options(
             mode=self.mode,
             metric=self.metric,
             choices=tuple(sorted(set(choices), reverse=True)),
             granularity=self.granularity or ("layer" if by_layer else "module"),
             head_bits=self.head_bits,
-            group_size=self.group_size or ("channel" if is_paper else "auto"),
+            group_size=("channel" if is_paper else AUTO) if self.group_size is None else self.group_size,
             symmetric=self.symmetric,
             context=self.context,
             batch=self.batch,
@@ -64,12 +64,17 @@ class Options:
 
     def spec(self, bits: int) -> QuantSpec | None:
         """The spec of a module with these bits; None at 16, which leave it as stored."""
-        return None if bits == 16 else QuantSpec(bits, self.group_size or AUTO, self.symmetric)
+        return (
+            None
+            if bits == 16
+            else QuantSpec(bits, AUTO if self.group_size is None else self.group_size, self.symmetric)
+        )
 
     def _check(self) -> None:
         wrong = [bits for bits in self.choices or () if bits not in BITS]
-        if wrong:
-            raise InputError(f"plan: {wrong[0]!r} bits cannot be chosen; use any of {', '.join(map(str, BITS))}.")
+        if wrong or not self.choices:
+            asked = repr(wrong[0]) if wrong else "no"
+            raise InputError(f"plan: {asked} bits cannot be chosen; use any of {', '.join(map(str, BITS))}.")
         if self.granularity not in GRANULARITIES:
             raise InputError(f"plan: granularity {self.granularity!r} is not known; use 'layer' or 'module'.")
         if self.mode == "paper" and (self.choices != PAPER_BITS or self.granularity != "layer"):

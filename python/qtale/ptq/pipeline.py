@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtale import names
 from qtale.checkpoint.folder import CONFIG_FILE, ModelFolder, open_folder
@@ -18,8 +18,11 @@ from qtale.checkpoint.writer import ShardWriter, TensorShape
 from qtale.errors import CheckpointError, InputError
 from qtale.format.config import build_config
 from qtale.format.tensors import packed_layout, packed_tensors
-from qtale.ptq.worklist import LayerRow, Overrides, QuantizeReport, Worklist, build_report, list_work
+from qtale.ptq.worklist import LayerRow, Overrides, QuantizeReport, Worklist, build_report, list_work, planned_overrides
 from qtale.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from qtale.planner.plan import Plan
 
 _logger = logging.getLogger("qtale")
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*")
@@ -33,6 +36,7 @@ def quantize(
     out: str | Path | None,
     spec: QuantSpec | None = None,
     *,
+    plan: Plan | str | Path | None = None,
     overrides: Overrides | None = None,
     dry_run: bool = False,
     progress: bool = True,
@@ -40,18 +44,24 @@ def quantize(
     """Quantize the Linear layers of a model's decoder blocks by rounding to nearest and write a new HF folder.
 
     ``model`` is a folder or a hub name, ``out`` a folder that does not exist yet (None in a dry run), ``spec`` what
-    every layer gets (default 4 bits, symmetric, automatic groups). ``overrides`` maps exact module names to specs of
-    their own, None leaving a layer dense. A dry run reads headers only and writes nothing. Peak memory is about the
-    largest matrix; each input shard becomes one output shard of the same name, and ``out`` appears at the end, whole.
+    every layer gets (default 4 bits, symmetric, automatic groups). ``plan`` (a plan or its file) gives each layer bits
+    of its own instead. ``overrides`` maps exact module names to specs of their own, None leaving a layer dense. A dry
+    run reads headers only and writes nothing. Peak memory is about the largest matrix; each input shard becomes one
+    output shard of the same name, and ``out`` appears at the end, whole.
 
-    Raises InputError (output exists, group size does not divide, bad overrides), CheckpointError (broken files, NaN or
+    Raises InputError (output exists, group size does not divide, bad overrides, a plan for another model, a plan beside
+    a spec or overrides), CheckpointError (broken files, NaN or
     infinite weights), UnsupportedError (quantized already, unknown architecture), Error (disk full).
     """
     if out is not None:
         check_output(Path(out).expanduser())
     elif not dry_run:
         raise InputError("quantize: no output folder is given; give one, or ask for a dry run.")
+    if plan is not None and (spec is not None or overrides is not None):
+        raise InputError("quantize: a plan says what every layer gets; give it without a spec and without overrides.")
     folder = open_folder(model)
+    if plan is not None:
+        overrides = planned_overrides(folder, _read_plan(plan))
     work = list_work(folder, spec or QuantSpec(), overrides or {})
     report = build_report(folder, work, None if out is None else str(out), dry_run)
     if work.left_dense:
@@ -62,6 +72,12 @@ def quantize(
         rows = _write_shards(folder, work, target, progress)
         _write_small_files(folder, work, target)
     return dataclasses.replace(report, layers=rows)
+
+
+def _read_plan(plan: Plan | str | Path) -> Plan:
+    from qtale.planner.plan import Plan
+
+    return plan if isinstance(plan, Plan) else Plan.read(plan)
 
 
 def _write_shards(folder: ModelFolder, work: Worklist, target: Path, progress: bool) -> tuple[LayerRow, ...]:
