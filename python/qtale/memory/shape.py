@@ -147,6 +147,8 @@ def _tensors_of(config: Mapping[str, Any], where: str) -> Iterator[TensorShape]:
             yield TensorShape(f"{block}.self_attn.{part}.bias", dtype, shapes[part][:1])
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield TensorShape(f"{block}.{norm}.weight", dtype, (hidden,))
+        for norm in ("q_norm", "k_norm") if config["model_type"] == "qwen3" else ():
+            yield TensorShape(f"{block}.self_attn.{norm}.weight", dtype, (head_dim,))
     yield TensorShape("model.norm.weight", dtype, (hidden,))
     if config.get("tie_word_embeddings") is not True:
         yield TensorShape("lm_head.weight", dtype, (vocabulary, hidden))

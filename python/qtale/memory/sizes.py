@@ -8,7 +8,7 @@ from fractions import Fraction
 from qtale.errors import InputError
 
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?([A-Za-z]+)", re.ASCII)
+_SIZE = re.compile(r"(\d{1,19}(?:\.\d{1,19})?) ?([A-Za-z]+)", re.ASCII)
 _MOST = 2**63 - 1
 
 
