@@ -10,7 +10,7 @@ from qtale.errors import CheckpointError, Error, InputError, NetworkError, Unsup
 from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from qtale import demo, doctor, nn, ops
+    from qtale import demo, doctor, memory, nn, ops, planner
     from qtale.importance.options import MeasureOptions
     from qtale.integrations.measure import measure
     from qtale.integrations.transformers import load_torch
@@ -29,7 +29,7 @@ _LAZY = {
     "inspect": "qtale.report.inspect",
     "plan": "qtale.planner.make",
 }
-_LAZY_MODULES = ("demo", "doctor", "nn", "ops")
+_LAZY_MODULES = ("demo", "doctor", "memory", "nn", "ops", "planner")
 
 __all__ = [
     "CheckpointError",

@@ -89,7 +89,9 @@ def workspace_bytes(shape: ModelShape, context: int, batch: int) -> int:
     """The most that one forward over ``batch * context`` tokens holds beside weights and KV cache; measured.
 
     Three tensors of the MLP's inner width, five of the attention's, the int8 codes of one input with their scales, and
-    the logits of the last position, which sampling widens to float32.
+    the logits of the last position, which sampling widens to float32. This counts what is in use: with the settings
+    that it comes with, glibc's allocator may hold up to three times as much in gaps between pieces of the KV cache
+    (MALLOC_MMAP_THRESHOLD_=65536 in the environment keeps it from that).
     """
     item = ITEM_BYTES[shape.dtype]
     codes = shape.intermediate_width + 4 * shape.intermediate_width // _ACTIVATION_GROUP
