@@ -12,11 +12,11 @@ namespace qtale::bindings {
 DType dtype_from_name(const std::string& name) {
   static const std::map<std::string, DType> dtypes = {
       {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}, {"int8", DType::s8},
-      {"uint8", DType::u8},    {"int32", DType::s32},   {"int64", DType::s64}};
+      {"uint8", DType::u8},    {"int32", DType::s32},   {"int64", DType::s64},     {"float64", DType::f64}};
   const auto found = dtypes.find(name);
   if (found == dtypes.end())
     throw InputError("dtype '" + name +
-                     "' is not supported; use float32, float16, bfloat16, int8, uint8, int32 or int64.");
+                     "' is not supported; use float32, float16, bfloat16, int8, uint8, int32, int64 or float64.");
   return found->second;
 }
 

@@ -88,6 +88,15 @@ void register_ops(py::module_& module) {
         qmatmul(view(x), view(prepacked), OptionalView(bias).get(), view(y), compute_from_name(compute));
       },
       Release());
+  module.def(
+      "project_topk",
+      [](const Memory& x, const Memory& matrix, const Memory& values, const Memory& indices) {
+        project_topk(view(x), view(matrix), view(values), view(indices));
+      },
+      Release());
+  module.def(
+      "jaccard", [](const Memory& a, const Memory& b, const Memory& out) { jaccard(view(a), view(b), view(out)); },
+      Release());
 }
 
 }  // namespace qtale::bindings

@@ -125,5 +125,7 @@ def plain_zd(model: Any, layer: int, tail: str) -> float:
 
 def plain_error(model: Any, layer: int, bits: int) -> float:
     weights = [weight.detach() for weight in linear_weights(model, layer).values()]
-    squares = [((rounded(weight, bits, 32, torch.float32) - weight).norm() ** 2, weight.norm() ** 2) for weight in weights]
+    squares = [
+        ((rounded(weight, bits, 32, torch.float32) - weight).norm() ** 2, weight.norm() ** 2) for weight in weights
+    ]
     return math.sqrt(sum(float(a) for a, _ in squares) / sum(float(b) for _, b in squares))

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from importance_samples import ARCHITECTURES, LAYERS, VOCAB, hidden_states, load_model, save_model, some_tokens
 from qtale.checkpoint import open_folder
 from qtale.errors import CheckpointError, UnsupportedError
 from qtale.importance.layered import LayeredModel
-from safetensors.torch import load_file, save_file
 
 
 def layered_states(model: LayeredModel, tokens: np.ndarray) -> list[torch.Tensor]:
@@ -85,10 +85,16 @@ def edited(path: Path, **changes: torch.Tensor | None) -> LayeredModel:
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     model = edited(save_model(tmp_path / "a"), **{"model.layers.1.mlp.up_proj.weight": None})
-    with pytest.raises(CheckpointError, match=r"lacks the tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"), model.layer(1):
+    with (
+        pytest.raises(CheckpointError, match=r"lacks the tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"),
+        model.layer(1),
+    ):
         pass
     model = edited(save_model(tmp_path / "b"), **{"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 3)})
-    with pytest.raises(CheckpointError, match=r"has shape \[3, 3\], but config\.json asks for \[96, 64\]"), model.layer(0):
+    with (
+        pytest.raises(CheckpointError, match=r"has shape \[3, 3\], but config\.json asks for \[96, 64\]"),
+        model.layer(0),
+    ):
         pass
     with pytest.raises(CheckpointError, match=r"lacks the tensor 'model\.norm\.weight'"):
         edited(save_model(tmp_path / "c"), **{"model.norm.weight": None})

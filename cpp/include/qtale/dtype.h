@@ -5,7 +5,7 @@
 
 namespace qtale {
 
-enum class DType : std::uint8_t { f32, f16, bf16, s8, u8, s32, s64 };
+enum class DType : std::uint8_t { f32, f16, bf16, s8, u8, s32, s64, f64 };
 
 std::int64_t size_of(DType dtype);
 std::string_view name_of(DType dtype);

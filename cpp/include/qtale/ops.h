@@ -60,4 +60,15 @@ void unprepack(const TensorView& buffer, const TensorView& codes, const TensorVi
 void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView* bias, const TensorView& y,
              Compute compute);
 
+// The k largest of x[r] . matrix[e] over the entries e of a vocabulary, without storing the products.
+//   x [rows, depth] f32; matrix [entries, depth] f32|f16|bf16, its rows may be apart; values [rows, k] f32, descending;
+//   indices [rows, k] s32; of equal values the smaller index comes first. 1 <= k <= entries.
+//   |value - exact| <= (depth + 8) * 2^-24 * sum_i |x_i * matrix_i|. A value does not depend on threads. NaN is
+//   refused.
+void project_topk(const TensorView& x, const TensorView& matrix, const TensorView& values, const TensorView& indices);
+
+// |A n B| / |A u B| of two sets of indices per row, 1 where both are empty.
+//   a [rows, ka] and b [rows, kb] s32: what stands twice in a row counts once; out [rows] f64.
+void jaccard(const TensorView& a, const TensorView& b, const TensorView& out);
+
 }  // namespace qtale

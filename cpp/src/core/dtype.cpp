@@ -10,7 +10,8 @@ std::int64_t size_of(DType dtype) {
     case DType::bf16: return 2;
     case DType::f32:
     case DType::s32: return 4;
-    case DType::s64: return 8;
+    case DType::s64:
+    case DType::f64: return 8;
   }
   return 0;
 }
@@ -24,6 +25,7 @@ std::string_view name_of(DType dtype) {
     case DType::u8: return "uint8";
     case DType::s32: return "int32";
     case DType::s64: return "int64";
+    case DType::f64: return "float64";
   }
   return "unknown";
 }

@@ -24,4 +24,15 @@ void unprepack(const std::uint8_t* buffer, std::int64_t bytes, std::int8_t* code
 void qmatmul(const std::uint8_t* buffer, std::int64_t bytes, std::int64_t rows, const RowsIn& x, const float* bias,
              const RowsOut& y, Compute compute);
 
+// values and indices [rows, k]; throws InputError naming the first row whose products hold NaN.
+void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
+                  std::int64_t k, float* values, std::int32_t* indices);
+// a [rows, a_size] and b [rows, b_size] with contiguous rows.
+struct IndexRows {
+  const std::int32_t* data;
+  std::int64_t size;
+  std::int64_t stride;
+};
+void jaccard(const IndexRows& a, const IndexRows& b, std::int64_t rows, double* out);
+
 }  // namespace qtale::cpu

@@ -78,6 +78,34 @@ struct MatmulKernel {
   std::int64_t row_block;  // rows that best share one pass over the weights; a multiple of row_tile
 };
 
+// One project_topk: rows of x times the entries of a vocabulary.
+struct ProjectArgs {
+  RowsIn x;  // float32
+  std::int64_t rows;
+  std::int64_t depth;  // of both
+  std::byte* packed;   // x as the kernel's own pack step left it; 64-byte aligned
+  RowsIn matrix;
+};
+
+struct Candidates;  // cpu/topk.h
+
+struct ProjectKernel {
+  std::size_t (*packed_bytes)(std::int64_t rows, std::int64_t depth);
+  // Rows [begin, end); begin is a multiple of row_tile.
+  void (*pack)(const ProjectArgs&, std::int64_t begin, std::int64_t end);
+  std::size_t (*scratch_bytes)(std::int64_t rows);
+  // Offers the products of all rows with entries [begin, end), for every row in ascending order of entries.
+  void (*run)(const ProjectArgs&, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates&);
+  std::int64_t row_tile;
+  std::int64_t entry_tile;  // entries that share one pass over x
+};
+
+// Jaccard coefficient of two rows of indices; `scratch` holds a_size + b_size of them.
+using JaccardKernel = double (*)(const std::int32_t* a, std::int64_t a_size, const std::int32_t* b, std::int64_t b_size,
+                                 std::int32_t* scratch);
+double jaccard_by_sorting(const std::int32_t* a, std::int64_t a_size, const std::int32_t* b, std::int64_t b_size,
+                          std::int32_t* scratch);
+
 struct KernelTable {
   const char* name;
   int panel_rows;
@@ -87,6 +115,8 @@ struct KernelTable {
   void (*fake_quantize)(const FakeQuantizeArgs&, std::int64_t begin, std::int64_t end);
   MatmulKernel int8;
   MatmulKernel floating;
+  ProjectKernel project;
+  JaccardKernel jaccard;
 };
 
 // Scalar: the specification of every kernel and the oracle of the tests. Reads the 16-row layout.

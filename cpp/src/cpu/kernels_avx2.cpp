@@ -2,6 +2,7 @@
 #include "cpu/vec_avx2.h"
 
 #include "cpu/matmul_avx2.inl"
+#include "cpu/project.inl"
 
 namespace qtale::cpu {
 
@@ -13,6 +14,8 @@ const KernelTable avx2_table = {
     fake_quantize_rows,
     {acts_bytes<false>, prepare_acts<false>, run_rows<false>, kTile, 2 * kRowBlock},
     {acts_bytes<true>, prepare_acts<true>, run_rows<true>, kTile, 2 * kRowBlock},
+    projection::kernel<6, 2>,
+    jaccard_by_sorting,
 };
 
 }  // namespace qtale::cpu

@@ -3,6 +3,7 @@
 
 #include "cpu/matmul_avx512.inl"
 #include "cpu/matmul_avx512_float.inl"
+#include "cpu/project.inl"
 
 namespace qtale::cpu {
 
@@ -14,6 +15,8 @@ const KernelTable avx512_table = {
     fake_quantize_rows,
     {int8_rows_bytes, prepare_int8_rows, run_int8, kTile, 88 * kTile},
     {float_rows_bytes, prepare_float_positions, run_float, kFloatTile, 66 * kFloatTile},
+    projection::kernel<12, 2>,
+    jaccard_by_sorting,
 };
 
 }  // namespace qtale::cpu

@@ -2,6 +2,7 @@
 #include "cpu/vec_generic.h"
 
 #include "cpu/matmul_generic.inl"
+#include "cpu/project.inl"
 
 namespace qtale::cpu {
 
@@ -13,6 +14,8 @@ const KernelTable generic_table = {
     fake_quantize_rows,
     {int8_rows_bytes, prepare_int8_rows, run_int8, 1, 264},
     {float_bytes, prepare_float, run_float, 1, 264},
+    projection::kernel<4, 1>,
+    jaccard_by_sorting,
 };
 
 }  // namespace qtale::cpu

@@ -6,6 +6,7 @@
 
 #include "core/half.h"
 #include "cpu/kernels.h"
+#include "cpu/topk.h"
 
 namespace qtale::cpu {
 namespace {
@@ -168,6 +169,37 @@ void matmul(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_en
       store(a.y.data, a.y.dtype, m * a.y.stride + n, Dot(a, m, n) + (a.bias ? a.bias[n] : 0.0f));
 }
 
+std::size_t nothing_packed(std::int64_t, std::int64_t) { return 0; }
+void no_pack(const ProjectArgs&, std::int64_t, std::int64_t) {}
+std::size_t no_scratch(std::int64_t) { return 0; }
+
+void project(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*, Candidates& c) {
+  for (std::int64_t entry = begin; entry < end; ++entry) {
+    for (std::int64_t row = 0; row < a.rows; ++row) {
+      float sum = 0.0f;
+      for (std::int64_t i = 0; i < a.depth; ++i) sum += load(a.x, row, i) * load(a.matrix, entry, i);
+      if (!(sum <= c.thresholds[row])) offer(c, row, entry, sum);
+    }
+  }
+}
+
+// How many of the indices [0, size) come first of their kind and pass `counts`.
+template <class Fn>
+std::int64_t count_first(const std::int32_t* indices, std::int64_t size, Fn&& counts) {
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < size; ++i)
+    found += std::find(indices, indices + i, indices[i]) == indices + i && counts(indices[i]);
+  return found;
+}
+
+double jaccard(const std::int32_t* a, std::int64_t a_size, const std::int32_t* b, std::int64_t b_size, std::int32_t*) {
+  const auto in_a = [&](std::int32_t index) { return std::find(a, a + a_size, index) != a + a_size; };
+  const std::int64_t common = count_first(b, b_size, in_a);
+  const std::int64_t all = count_first(a, a_size, [](std::int32_t) { return true; }) +
+                           count_first(b, b_size, [&](std::int32_t index) { return !in_a(index); });
+  return all == 0 ? 1.0 : static_cast<double>(common) / static_cast<double>(all);
+}
+
 }  // namespace
 
 const KernelTable reference_table = {
@@ -178,6 +210,8 @@ const KernelTable reference_table = {
     fake_quantize,
     {no_workspace, no_prepare, matmul<dot_int8>, 1, 264},
     {no_workspace, no_prepare, matmul<dot_float>, 1, 264},
+    {nothing_packed, no_pack, no_scratch, project, 1, 64},
+    jaccard,
 };
 
 }  // namespace qtale::cpu

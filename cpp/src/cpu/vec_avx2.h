@@ -77,6 +77,11 @@ inline VecF set1(float x) { return _mm256_set1_ps(x); }
 inline VecF add(VecF a, VecF b) { return _mm256_add_ps(a, b); }
 inline VecF sub(VecF a, VecF b) { return _mm256_sub_ps(a, b); }
 inline VecF mul(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
+inline VecF fmadd(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
+// One bit per lane that is not <= its peer: greater, or one of them NaN.
+inline unsigned not_le(VecF a, VecF b) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
+}
 inline VecF max(VecF a, VecF b) { return _mm256_max_ps(a, b); }
 inline VecF min(VecF a, VecF b) { return _mm256_min_ps(a, b); }
 inline VecF rint(VecF a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

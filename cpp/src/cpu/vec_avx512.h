@@ -72,6 +72,9 @@ inline VecF set1(float x) { return _mm512_set1_ps(x); }
 inline VecF add(VecF a, VecF b) { return _mm512_add_ps(a, b); }
 inline VecF sub(VecF a, VecF b) { return _mm512_sub_ps(a, b); }
 inline VecF mul(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
+inline VecF fmadd(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
+// One bit per lane that is not <= its peer: greater, or one of them NaN.
+inline unsigned not_le(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 inline VecF max(VecF a, VecF b) { return _mm512_max_ps(a, b); }
 inline VecF min(VecF a, VecF b) { return _mm512_min_ps(a, b); }
 inline VecF rint(VecF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

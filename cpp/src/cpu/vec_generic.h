@@ -98,6 +98,15 @@ inline VecF sub(VecF a, VecF b) {
 inline VecF mul(VecF a, VecF b) {
   return map_lanes([&](int i) { return a.lane[i] * b.lane[i]; });
 }
+inline VecF fmadd(const VecF& a, const VecF& b, const VecF& c) {
+  return map_lanes([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+// One bit per lane that is not <= its peer: greater, or one of them NaN.
+inline unsigned not_le(const VecF& a, const VecF& b) {
+  unsigned bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= static_cast<unsigned>(!(a.lane[i] <= b.lane[i])) << i;
+  return bits;
+}
 // As on x86: the second operand where the comparison is false, so max(lo, NaN) is NaN.
 inline VecF max(VecF a, VecF b) {
   return map_lanes([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });

@@ -73,6 +73,7 @@ class Forward:
         for index in range(done):  # left by a run that was killed just before it removed them
             self.states.drop(boundary(index))
         if done == self.num_layers:
+            self.states.drop(boundary(done))
             return
         before = self._read_sets(done)
         for index in range(done, self.num_layers):

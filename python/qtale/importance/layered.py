@@ -6,6 +6,7 @@ of transformers' own model, whose layers only note what they are called with, or
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +40,7 @@ class LayeredModel:
         self._prefix, layers = decoder_layers(self._model, folder)
         self._layers: list[Any] = list(layers)
         self._forwards: list[Callable[..., Any]] = [layer.forward for layer in self._layers]
+        self._memory: dict[str, torch.Tensor] = {}
         self._given: torch.Tensor | None = None
         self._first: Any = None
         self._seen: list[dict[str, Any]] = []
@@ -83,13 +85,21 @@ class LayeredModel:
             raise UnsupportedError(f"{self.folder.path}: {name} has dtype {dtype}; measure takes {', '.join(_FLOATS)}.")
         return self.folder.torch(name)
 
-    def _float32(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def _float32(self, name: str, shape: torch.Size, place: str = "") -> torch.Tensor:
+        """A tensor in float32, in the memory that was given to ``place`` before, if it is of the same shape."""
+        import torch
+
         value = self._stored(name)
         if value.shape != shape:
             raise CheckpointError(
                 f"{self.folder.path}: {name} has shape {list(value.shape)}, but config.json asks for {list(shape)}."
             )
-        return value.float()
+        if not place:
+            return value.float()
+        # New memory for every layer would leave holes, and the process would grow with the depth of the model.
+        if place not in self._memory or self._memory[place].shape != shape:
+            self._memory[place] = torch.empty(shape)
+        return self._memory[place].copy_(value)
 
     def _read_surroundings(self) -> None:
         head = self._model.get_output_embeddings()
@@ -164,7 +174,7 @@ class LayeredModel:
         module = self._layers[index]
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         for name, shape in shapes.items():
-            _set(module, name, self._float32(f"{self._prefix}.{index}.{name}", shape))
+            _set(module, name, self._float32(f"{self._prefix}.{index}.{name}", shape, name))
 
         def call(hidden: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
@@ -177,6 +187,7 @@ class LayeredModel:
         finally:
             for name, shape in shapes.items():
                 _set(module, name, torch.empty(shape, device="meta"))
+            _release_free_memory()
 
     def linears(self, index: int) -> dict[str, torch.nn.Parameter]:
         """The weights [out, in] of layer ``index`` that quantization would take, by module name."""
@@ -208,6 +219,13 @@ class LayeredModel:
             yield lambda hidden: self._surround(self._model, self._ids(*hidden.shape[:2]), hidden).logits
         finally:
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"), requires_grad=False)
+
+
+def _release_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between small objects, more with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _set(module: Any, name: str, value: torch.Tensor) -> None:

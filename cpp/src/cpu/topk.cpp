@@ -1,0 +1,156 @@
+// The product of x with a vocabulary, cut down to the k best of every row while it is made.
+#include "cpu/topk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "core/text.h"
+#include "cpu/backend.h"
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "qtale/parallel.h"
+
+namespace qtale::cpu {
+namespace {
+
+constexpr std::int64_t kRowBlock = 512;       // rows of one pass over the matrix: bounds the memory
+constexpr std::int64_t kMinCapacity = 16;     // keys per row
+constexpr std::int64_t kPackGrain = 65536;    // elements of x worth a second thread
+constexpr std::int64_t kRunGrain = 1048576;   // multiply-adds worth a second thread
+constexpr std::int64_t kMergeGrain = 4096;    // keys worth a second thread
+constexpr std::int64_t kTilesPerChunk = 8;    // at most: neighbouring tiles are read ahead
+constexpr std::int64_t kChunksPerThread = 8;  // at least, where there are so many tiles
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The candidates of one thread with their memory.
+class Finder {
+ public:
+  bool started() const { return keys_ != nullptr; }
+
+  void start(std::int64_t rows, std::int64_t row_tile, std::int64_t entries, std::int64_t k, std::size_t scratch) {
+    const std::int64_t capacity = std::min(entries, std::max(2 * k, kMinCapacity));
+    keys_ = std::make_unique_for_overwrite<Key[]>(static_cast<std::size_t>(rows * capacity));
+    counts_.assign(static_cast<std::size_t>(rows), 0);
+    const std::int64_t padded = ceil_div(rows, row_tile) * row_tile;
+    thresholds_.assign(static_cast<std::size_t>(padded), std::numeric_limits<float>::quiet_NaN());
+    candidates_ = {k, capacity, keys_.get(), counts_.data(), thresholds_.data(), kNoNan};
+    scratch_.reserve(scratch);
+  }
+
+  std::byte* scratch() { return scratch_.reserve(0); }
+  Candidates& candidates() { return candidates_; }
+
+ private:
+  std::unique_ptr<Key[]> keys_;
+  std::vector<std::int32_t> counts_;
+  std::vector<float> thresholds_;
+  Candidates candidates_{};
+  Scratch scratch_;
+};
+
+struct Problem {
+  const ProjectKernel& kernel;
+  ProjectArgs args;
+  std::int64_t first_row;
+  std::int64_t entries;
+  std::int64_t k;
+};
+
+void pack_rows(const Problem& p) {
+  const std::int64_t tile = p.kernel.row_tile;
+  const std::int64_t grain = ceil_div(kPackGrain, tile * std::max<std::int64_t>(1, p.args.depth));
+  parallel_for(ceil_div(p.args.rows, tile), grain, [&](std::int64_t begin, std::int64_t end) {
+    p.kernel.pack(p.args, begin * tile, std::min(end * tile, p.args.rows));
+  });
+}
+
+// Every finder takes the next chunk of entries until none is left, so each meets its entries in ascending order.
+void find_candidates(const Problem& p, std::vector<Finder>& finders) {
+  const auto threads = static_cast<std::int64_t>(finders.size());
+  const std::int64_t tiles = ceil_div(p.entries, p.kernel.entry_tile);
+  const std::int64_t per_chunk = std::clamp<std::int64_t>(tiles / (threads * kChunksPerThread), 1, kTilesPerChunk);
+  const std::int64_t chunk = per_chunk * p.kernel.entry_tile;
+  std::atomic<std::int64_t> next{0};
+  parallel_for(threads, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (; begin < end; ++begin) {
+      Finder& finder = finders[static_cast<std::size_t>(begin)];
+      for (;;) {
+        const std::int64_t entry = next.fetch_add(chunk, std::memory_order_relaxed);
+        if (entry >= p.entries) break;
+        if (!finder.started())
+          finder.start(p.args.rows, p.kernel.row_tile, p.entries, p.k, p.kernel.scratch_bytes(p.args.rows));
+        p.kernel.run(p.args, entry, std::min(entry + chunk, p.entries), finder.scratch(), finder.candidates());
+      }
+    }
+  });
+}
+
+void refuse_nan(const Problem& p, std::vector<Finder>& finders) {
+  std::int64_t place = kNoNan;
+  for (Finder& finder : finders)
+    if (finder.started()) place = std::min(place, finder.candidates().first_nan);
+  if (place == kNoNan) return;
+  fail_input(
+      "project_topk: row {} of x times row {} of the matrix is NaN; look for NaN and infinity in both and repair them.",
+      p.first_row + (place >> 31), place & 0x7fffffff);
+}
+
+void merge(const Problem& p, std::vector<Finder>& finders, float* values, std::int32_t* indices) {
+  const std::int64_t grain = ceil_div(kMergeGrain, p.k);
+  parallel_for(p.args.rows, grain, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<Key> keys;
+    for (; begin < end; ++begin) {
+      keys.clear();
+      for (Finder& finder : finders) {
+        if (!finder.started()) continue;
+        const Candidates& c = finder.candidates();
+        const Key* row = c.keys + begin * c.capacity;
+        keys.insert(keys.end(), row, row + c.counts[begin]);
+      }
+      const auto best = keys.begin() + static_cast<std::ptrdiff_t>(p.k);
+      if (best != keys.end()) std::nth_element(keys.begin(), best, keys.end(), std::greater<>());
+      std::sort(keys.begin(), best, std::greater<>());
+      const std::int64_t at = (p.first_row + begin) * p.k;
+      std::transform(keys.begin(), best, values + at, value_of);
+      std::transform(keys.begin(), best, indices + at, entry_of);
+    }
+  });
+}
+
+}  // namespace
+
+void cut_to_best(Candidates& c, std::int64_t row) {
+  std::int32_t& count = c.counts[row];
+  if (count <= c.k) return;
+  Key* keys = c.keys + row * c.capacity;
+  std::nth_element(keys, keys + c.k - 1, keys + count, std::greater<>());
+  count = static_cast<std::int32_t>(c.k);
+  c.thresholds[row] = value_of(keys[c.k - 1]);
+}
+
+void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
+                  std::int64_t k, float* values, std::int32_t* indices) {
+  const ProjectKernel& kernel = kernels().project;
+  const std::int64_t blocks = ceil_div(rows, kRowBlock);
+  const std::int64_t block = blocks > 0 ? ceil_div(ceil_div(rows, blocks), kernel.row_tile) * kernel.row_tile : 0;
+  Scratch packed;
+  for (std::int64_t row = 0; row < rows; row += block) {
+    const std::int64_t count = std::min(block, rows - row);
+    const RowsIn part{static_cast<const float*>(x.data) + row * x.stride, x.dtype, x.stride};
+    std::byte* const memory = packed.reserve(kernel.packed_bytes(count, depth));
+    const Problem problem{kernel, {part, count, depth, memory, matrix}, row, entries, k};
+    const std::int64_t work = std::max<std::int64_t>(1, count * depth) * entries;
+    std::vector<Finder> finders(static_cast<std::size_t>(std::clamp<std::int64_t>(work / kRunGrain, 1, num_threads())));
+    pack_rows(problem);
+    find_candidates(problem, finders);
+    refuse_nan(problem, finders);
+    merge(problem, finders, values, indices);
+  }
+}
+
+}  // namespace qtale::cpu
