@@ -44,9 +44,11 @@ __all__ = [
     "inspect",
     "load_torch",
     "measure",
+    "memory",
     "nn",
     "ops",
     "plan",
+    "planner",
     "quantize",
 ]
 
