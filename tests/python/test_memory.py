@@ -237,6 +237,9 @@ def broken(**changes: Any) -> dict[str, Any]:
 def test_configs_that_say_too_little_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="tensors of model_type 'gpt2' do not follow from its config; known are"):
         shape_of_config(broken(model_type="gpt2"))
+    for key in ("head_dim", "num_key_value_heads"):
+        with pytest.raises(CheckpointError, match=f"{key} is '64'; it must be a positive integer"):
+            shape_of_config(broken(**{key: "64"}))
     for value in (None, 0, "128", True):
         with pytest.raises(CheckpointError, match=r"hidden_size is .*; it must be a positive integer"):
             shape_of_config(broken(hidden_size=value))

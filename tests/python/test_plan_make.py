@@ -229,6 +229,9 @@ def test_wrong_options_are_named(model: Path, options: Options, sentence: str) -
 def test_other_mistakes_are_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="bits and a budget"):
         make(model, "1GiB", bits=4)
+    for bits in (0.0, -1.0, 17.0, float("nan")):
+        with pytest.raises(InputError, match="give a number between 2 and 16"):
+            make(model, bits=bits)
     source = save_importance(tmp_path / "importance.json", model, FALLING)
     with pytest.raises(InputError, match="no scores by 'zd'; there are jaccard"):
         make(source, bits=4, options=Options(metric="zd"))

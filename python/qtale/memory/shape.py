@@ -11,6 +11,7 @@ from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.safetensors import ITEM_BYTES, TensorInfo
 from qtale.checkpoint.writer import TensorShape
 from qtale.errors import CheckpointError, UnsupportedError
+from qtale.format.tensors import SCALE_DTYPES
 
 # Models whose tensors follow from config.json by the rules of _tensors_of.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
@@ -95,6 +96,10 @@ def _shape(tensors: Iterable[TensorInfo | TensorShape], config: Mapping[str, Any
     for info in sorted(tensors, key=lambda info: names.model_order(info.name)):
         role = names.role(info.name, info.shape)
         if role == names.LINEAR:
+            if info.dtype not in SCALE_DTYPES:
+                raise UnsupportedError(
+                    f"{where}: {info.name} has dtype {info.dtype}; a plan takes {', '.join(SCALE_DTYPES)}."
+                )
             linears.append(LinearShape(names.module_of(info.name), info.shape[0], info.shape[1], info.dtype))
         elif role == names.HEAD and names.module_of(info.name) == "lm_head":
             if config.get("tie_word_embeddings") is not True:
@@ -110,7 +115,7 @@ def _shape(tensors: Iterable[TensorInfo | TensorShape], config: Mapping[str, Any
         )
     blocks = {names.block_index(f"{linear.name}.") for linear in linears}
     heads, hidden = _size(config, where, "num_attention_heads", "n_head"), _size(config, where, "hidden_size", "n_embd")
-    head_dim = config.get("head_dim") or hidden // heads
+    head_dim = _size(config, where, "head_dim", default=max(1, hidden // heads))
     return ModelShape(
         model_type=str(config.get("model_type")),
         num_layers=len(blocks),
@@ -119,7 +124,7 @@ def _shape(tensors: Iterable[TensorInfo | TensorShape], config: Mapping[str, Any
         embedding_bytes=embedding,
         other_bytes=other,
         dtype=dtype,
-        kv_width=2 * head_dim * (config.get("num_key_value_heads") or heads),
+        kv_width=2 * head_dim * _size(config, where, "num_key_value_heads", default=heads),
         attention_width=max(hidden, heads * head_dim),
         intermediate_width=max(linear.in_features for linear in linears),
         vocabulary=vocabulary,
@@ -129,8 +134,8 @@ def _shape(tensors: Iterable[TensorInfo | TensorShape], config: Mapping[str, Any
 def _tensors_of(config: Mapping[str, Any], where: str) -> Iterator[TensorShape]:
     hidden, between = _size(config, where, "hidden_size"), _size(config, where, "intermediate_size")
     vocabulary, heads = _size(config, where, "vocab_size"), _size(config, where, "num_attention_heads")
-    head_dim = config.get("head_dim") or hidden // heads
-    keys = head_dim * (config.get("num_key_value_heads") or heads)
+    head_dim = _size(config, where, "head_dim", default=max(1, hidden // heads))
+    keys = head_dim * _size(config, where, "num_key_value_heads", default=heads)
     dtype = _STORED.get(str(config.get("dtype") or config.get("torch_dtype")), "F16")
     shapes = {"q_proj": (heads * head_dim, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
     shapes["o_proj"] = (hidden, heads * head_dim)
@@ -154,9 +159,9 @@ def _tensors_of(config: Mapping[str, Any], where: str) -> Iterator[TensorShape]:
         yield TensorShape("lm_head.weight", dtype, (vocabulary, hidden))
 
 
-def _size(config: Mapping[str, Any], where: str, *keys: str) -> int:
-    for key in keys:
-        value = config.get(key)
-        if type(value) is int and value > 0:
-            return value
-    raise CheckpointError(f"{where}: {keys[0]} is {config.get(keys[0])!r}; it must be a positive integer.")
+def _size(config: Mapping[str, Any], where: str, *keys: str, default: int | None = None) -> int:
+    """The first of ``keys`` that is there; ``default`` where all are absent or null."""
+    value = next((config[key] for key in keys if config.get(key) is not None), default)
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(f"{where}: {keys[0]} is {value!r}; it must be a positive integer.")
+    return value

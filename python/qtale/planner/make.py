@@ -53,6 +53,8 @@ class Planner:
 
         Raises InputError for averages below the least of the choices and where bits for the head are to be chosen.
         """
+        if not 0 < bits <= 16:
+            raise InputError(f"plan: an average of {bits} bits; give a number between 2 and 16.")
         if self.options.head_bits == AUTO:
             raise InputError("plan: an average says nothing about the head; give its bits, or a budget in bytes.")
         items = self._items(parts.bit_cost)

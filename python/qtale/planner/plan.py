@@ -10,7 +10,7 @@ from typing import Any
 
 from qtale import names
 from qtale.errors import InputError
-from qtale.planner.fields import parse_plan
+from qtale.planner.fields import once, parse_plan
 from qtale.planner.files import write_whole
 from qtale.spec import QuantSpec
 
@@ -61,7 +61,7 @@ class Plan:
     """Bits for every layer of one model; 16 bits mean that a module stays as it is stored.
 
     ``metric`` names the importance score that was used, ``budget_bytes`` is None where no budget was asked for, and
-    ``needed_bytes`` is what weights, KV cache and workspace take under the plan.
+    ``needed_bytes`` is what weights, KV cache and workspace (or the reserve in their place) take under the plan.
     """
 
     model: PlannedModel
@@ -154,12 +154,14 @@ class Plan:
         path = Path(path).expanduser()
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
-                raise InputError(f"{path}: is larger than {_MAX_FILE_BYTES} bytes, which no plan needs.")
-            value = json.loads(path.read_text(encoding="utf-8"))
+                raise InputError(f"is larger than {_MAX_FILE_BYTES} bytes, which no plan needs.")
+            value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be read: {error.strerror or error}; make it with `qtale plan`."
             ) from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: is not valid JSON ({error}).") from error
         return cls.from_json(value, str(path))
