@@ -11,8 +11,8 @@ NO_METRIC = "none"
 AUTO = "auto"
 # Those that estimate the loss itself come first; ``auto`` takes the first that the file has.
 _PREFERRED = ("fisher", "noise", "jaccard", "bi", "lim", "error", "zd")
-# The least that a layer counts, as a share of the most important one.
-_FLOOR = 0.01
+# The least that a layer counts, as a share of the most important one: scores rank layers, none of them is for free.
+_FLOOR = 0.1
 
 
 class Scores(Protocol):
@@ -52,7 +52,7 @@ def layer_scores(importance: Scores | None, metric: str, num_layers: int) -> tup
 
 
 def as_factors(scores: Sequence[float]) -> tuple[float, ...]:
-    """Scores as factors of errors: shifted to begin at 0 where one is negative, and at least 1 % of the largest."""
+    """Scores as factors of errors: shifted to begin at 0 where one is negative, and at least 10 % of the largest."""
     least = min(0.0, *scores)
     shifted = [score - least for score in scores]
     most = max(shifted)
