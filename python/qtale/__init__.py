@@ -10,10 +10,11 @@ from qtale.errors import CheckpointError, Error, InputError, NetworkError, Unsup
 from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from qtale import demo, doctor, nn, ops
+    from qtale import demo, doctor, memory, nn, ops, planner
     from qtale.importance.options import MeasureOptions
     from qtale.integrations.measure import measure
     from qtale.integrations.transformers import load_torch
+    from qtale.planner.make import plan
     from qtale.ptq.pipeline import quantize
     from qtale.report.inspect import inspect
 
@@ -26,8 +27,9 @@ _LAZY = {
     "measure": "qtale.integrations.measure",
     "MeasureOptions": "qtale.importance.options",
     "inspect": "qtale.report.inspect",
+    "plan": "qtale.planner.make",
 }
-_LAZY_MODULES = ("demo", "doctor", "nn", "ops")
+_LAZY_MODULES = ("demo", "doctor", "memory", "nn", "ops", "planner")
 
 __all__ = [
     "CheckpointError",
@@ -42,8 +44,11 @@ __all__ = [
     "inspect",
     "load_torch",
     "measure",
+    "memory",
     "nn",
     "ops",
+    "plan",
+    "planner",
     "quantize",
 ]
 

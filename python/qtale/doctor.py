@@ -15,7 +15,8 @@ from typing import Any
 
 from qtale import __version__
 from qtale.errors import Error
-from qtale.report.text import human_bytes
+from qtale.memory import host
+from qtale.memory.sizes import human_bytes
 
 REQUIRED = (
     *("torch", "transformers", "lm-eval", "numpy", "safetensors", "tokenizers", "huggingface_hub", "datasets"),
@@ -23,8 +24,6 @@ REQUIRED = (
 )
 OPTIONAL = ("compressed-tensors", "matplotlib")
 VARIABLES = ("QTALE_CPU_ISA", "QTALE_NUM_THREADS", "QTALE_LOG_LEVEL", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
-# cgroup v1 writes a number near 2^63 for "no limit".
-_NO_LIMIT = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def report() -> DoctorReport:
     missing = [name for name in REQUIRED if packages[name] is None]
     if missing:
         problems.append(f"missing packages: run `pip install {' '.join(missing)}`.")
-    meminfo = _meminfo()
+    meminfo = host.meminfo()
     return DoctorReport(
         qtale=__version__,
         python=platform.python_version(),
@@ -104,7 +103,7 @@ def report() -> DoctorReport:
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_total=meminfo.get("MemTotal"),
         memory_available=meminfo.get("MemAvailable"),
-        memory_limit=_memory_limit(),
+        memory_limit=host.group_limit(),
         caches=_caches(),
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         problems=tuple(problems),
@@ -149,21 +148,6 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _meminfo() -> dict[str, int]:
-    lines = (line.split() for line in _read("/proc/meminfo").splitlines())
-    return {fields[0].rstrip(":"): int(fields[1]) << 10 for fields in lines if len(fields) == 3}
-
-
-def _memory_limit() -> int | None:
-    """The smallest limit among the control groups that this process is in (version 2, else version 1)."""
-    own = next((line[3:] for line in _read("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
-    root = Path("/sys/fs/cgroup")
-    folders = [root / own.strip("/"), *(root / parent for parent in Path(own.strip("/")).parents)]
-    files = [*(folder / "memory.max" for folder in folders), root / "memory/memory.limit_in_bytes"]
-    values = [int(text) for text in (_read(str(file)).strip() for file in files) if text.isdigit()]
-    return min((value for value in values if value < _NO_LIMIT), default=None)
 
 
 def _caches() -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 
 from qtale import _core, doctor
 from qtale.cli.main import main
+from qtale.memory import host
 
 
 def run_doctor(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,10 +74,11 @@ def test_memory_limits_of_control_groups(monkeypatch: pytest.MonkeyPatch) -> Non
         "/sys/fs/cgroup/user.slice/memory.max": "2147483648\n",
         "/sys/fs/cgroup/memory.max": "4294967296\n",
     }
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(host, "_read", lambda path: files.get(str(path), ""))
     assert doctor.report().memory_limit == 2 << 30
     files.clear()
     assert doctor.report().memory_limit is None
+    files["/proc/self/cgroup"] = "4:memory:/\n"
     files["/sys/fs/cgroup/memory/memory.limit_in_bytes"] = "9223372036854771712\n"
     assert doctor.report().memory_limit is None
     files["/sys/fs/cgroup/memory/memory.limit_in_bytes"] = "1073741824\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,13 @@ def test_import_qtale_loads_no_heavy_package(tmp_path: Path) -> None:
         "import qtale; qtale.quantize",
         "import qtale; qtale.load_torch",
         "import qtale; qtale.demo",
+        "import qtale; qtale.plan; qtale.planner.Plan",
+        "import qtale; qtale.memory.budget(); qtale.memory.devices()",
+        "import qtale.cli.main as main; main.main(['plan', 'config.json', '--mode', 'paper', '--budget', '16GiB'])",
     ],
 )
 def test_these_do_not_load_torch(code: str, tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parent / "fixtures" / "llama-2-7b.json", tmp_path / "config.json")
     assert not heavy_after(code, tmp_path) & {"torch", "transformers", "lm_eval", "datasets", "accelerate"}
 
 

@@ -135,6 +135,20 @@ def test_a_file_that_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
         Plan.read(tmp_path / "none.json")
 
 
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    text = make_plan().text().replace('"mlp.up_proj": 3', '"mlp.up_proj": 3, "mlp.up_proj": 2')
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(InputError, match=r"plan\.json: 'mlp\.up_proj' stands twice in one object"):
+        Plan.read(tmp_path / "plan.json")
+
+
+def test_a_plan_of_absurdly_many_layers_is_refused_at_once() -> None:
+    value = make_plan().to_json()
+    value["model"]["num_layers"] = 2**62
+    with pytest.raises(InputError, match="lacks layer 3; every layer"):
+        Plan.from_json(value)
+
+
 def test_the_fingerprint_follows_weights_and_architecture_alone(tmp_path: Path) -> None:
     model = make_tiny(tmp_path / "one")
     first = fingerprint(model)

@@ -16,7 +16,7 @@ from qtale.checkpoint.folder import open_folder
 from qtale.checkpoint.index import INDEX_FILE
 from qtale.format import packed_modules, read_module
 from qtale.ptq.pipeline import quantize
-from qtale.ptq.plan import PROCESS_BYTES
+from qtale.ptq.worklist import PROCESS_BYTES
 from tiny_models import LAYER, files_in, make_tiny, run_python
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

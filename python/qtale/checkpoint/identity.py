@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.checkpoint.safetensors import TensorInfo
@@ -28,9 +29,7 @@ def fingerprint(model: ModelFolder | str | Path) -> str:
     model that is split into other shards keeps its fingerprint. Raises as :func:`qtale.checkpoint.open_folder` does.
     """
     folder = model if isinstance(model, ModelFolder) else open_folder(model)
-    digest = hashlib.sha256()
-    architecture = {key: folder.config.get(key) for key in _ARCHITECTURE}
-    digest.update(json.dumps(architecture, sort_keys=True).encode())
+    digest = hashlib.sha256(_architecture(folder.config))
     described = {}
     for shard in folder.shards:
         try:
@@ -41,6 +40,15 @@ def fingerprint(model: ModelFolder | str | Path) -> str:
     for name in sorted(described):
         digest.update(described[name])
     return digest.hexdigest()
+
+
+def config_fingerprint(config: Mapping[str, Any]) -> str:
+    """``config-`` and a sha256 over the architecture of a config.json without weights: no model folder has this one."""
+    return f"config-{hashlib.sha256(_architecture(config)).hexdigest()}"
+
+
+def _architecture(config: Mapping[str, Any]) -> bytes:
+    return json.dumps({key: config.get(key) for key in _ARCHITECTURE}, sort_keys=True).encode()
 
 
 def _describe(file: BinaryIO, info: TensorInfo) -> bytes:

@@ -46,6 +46,15 @@ def parse_plan(value: Any, where: str) -> dict[str, Any]:
     return {**{key: fields[key] for key in _KEYS if key not in dropped}, "model": dict(model), "layers": layers}
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its pairs; InputError where a name stands twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise InputError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object.")
+    return found
+
+
 def _check_format(value: Any, where: str) -> None:
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         raise InputError(f"{where}: is no plan; a plan is a JSON object whose 'format' is {FORMAT!r}.")
@@ -66,9 +75,9 @@ def _parse_layers(value: Any, count: int, where: str) -> list[dict[str, Any]]:
         if layer in found:
             raise InputError(f"{where}: names layer {layer} twice.")
         found[layer] = _parse_layer(entry, f"{where}: layer {layer}")
-    missing = sorted(set(range(count)) - found.keys())
-    if missing:
-        raise InputError(f"{where}: lacks layer {missing[0]}; every layer from 0 to {count - 1} needs its bits.")
+    missing = next((layer for layer in range(count) if layer not in found), None)
+    if missing is not None:
+        raise InputError(f"{where}: lacks layer {missing}; every layer from 0 to {count - 1} needs its bits.")
     return [found[layer] for layer in range(count)]
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtale import names
-from qtale.errors import Error, InputError
-from qtale.planner.fields import parse_plan
+from qtale.errors import InputError
+from qtale.planner.fields import once, parse_plan
+from qtale.planner.files import write_whole
 from qtale.spec import QuantSpec
 
 AS_STORED = 16
@@ -62,7 +61,7 @@ class Plan:
     """Bits for every layer of one model; 16 bits mean that a module stays as it is stored.
 
     ``metric`` names the importance score that was used, ``budget_bytes`` is None where no budget was asked for, and
-    ``needed_bytes`` is what weights, KV cache and workspace take under the plan.
+    ``needed_bytes`` is what weights, KV cache and workspace (or the reserve in their place) take under the plan.
     """
 
     model: PlannedModel
@@ -155,34 +154,21 @@ class Plan:
         path = Path(path).expanduser()
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
-                raise InputError(f"{path}: is larger than {_MAX_FILE_BYTES} bytes, which no plan needs.")
-            value = json.loads(path.read_text(encoding="utf-8"))
+                raise InputError(f"is larger than {_MAX_FILE_BYTES} bytes, which no plan needs.")
+            value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
         except OSError as error:
             raise InputError(
                 f"{path}: cannot be read: {error.strerror or error}; make it with `qtale plan`."
             ) from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: is not valid JSON ({error}).") from error
         return cls.from_json(value, str(path))
 
     def write(self, path: str | Path) -> None:
-        """Write the plan, one layer a line for people to edit; the file appears whole or, on an error, not at all."""
-        path = Path(path).expanduser()
-        temporary = ""
-        try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.text())
-                file.flush()
-                os.fsync(file.fileno())
-                mask = os.umask(0)
-                os.umask(mask)
-                os.fchmod(file.fileno(), 0o666 & ~mask)
-            Path(temporary).replace(path)
-        except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            raise Error(f"{path}: cannot be written: {error.strerror or error}.") from error
+        """Write the plan, one layer a line for people to edit, replacing a file that is there. Raises Error."""
+        write_whole(Path(path).expanduser(), self.text())
 
     def text(self) -> str:
         """The text of plan.json."""

@@ -1,6 +1,6 @@
 """Post-training quantization: from a dense model folder to a quantized one, one tensor in memory at a time."""
 
 from qtale.ptq.pipeline import quantize
-from qtale.ptq.plan import LayerRow, QuantizeReport
+from qtale.ptq.worklist import LayerRow, QuantizeReport
 
 __all__ = ["LayerRow", "QuantizeReport", "quantize"]

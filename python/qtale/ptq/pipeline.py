@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtale import names
 from qtale.checkpoint.folder import CONFIG_FILE, ModelFolder, open_folder
@@ -18,8 +18,11 @@ from qtale.checkpoint.writer import ShardWriter, TensorShape
 from qtale.errors import CheckpointError, InputError
 from qtale.format.config import build_config
 from qtale.format.tensors import packed_layout, packed_tensors
-from qtale.ptq.plan import LayerRow, Overrides, Plan, QuantizeReport, build_report, plan_quantization
+from qtale.ptq.worklist import LayerRow, Overrides, QuantizeReport, Worklist, build_report, list_work, planned_overrides
 from qtale.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from qtale.planner.plan import Plan
 
 _logger = logging.getLogger("qtale")
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*")
@@ -33,6 +36,7 @@ def quantize(
     out: str | Path | None,
     spec: QuantSpec | None = None,
     *,
+    plan: Plan | str | Path | None = None,
     overrides: Overrides | None = None,
     dry_run: bool = False,
     progress: bool = True,
@@ -40,40 +44,52 @@ def quantize(
     """Quantize the Linear layers of a model's decoder blocks by rounding to nearest and write a new HF folder.
 
     ``model`` is a folder or a hub name, ``out`` a folder that does not exist yet (None in a dry run), ``spec`` what
-    every layer gets (default 4 bits, symmetric, automatic groups). ``overrides`` maps exact module names to specs of
-    their own, None leaving a layer dense. A dry run reads headers only and writes nothing. Peak memory is about the
-    largest matrix; each input shard becomes one output shard of the same name, and ``out`` appears at the end, whole.
+    every layer gets (default 4 bits, symmetric, automatic groups). ``plan`` (a plan or its file) gives each layer bits
+    of its own instead. ``overrides`` maps exact module names to specs of their own, None leaving a layer dense. A dry
+    run reads headers only and writes nothing. Peak memory is about the largest matrix; each input shard becomes one
+    output shard of the same name, and ``out`` appears at the end, whole.
 
-    Raises InputError (output exists, group size does not divide, bad overrides), CheckpointError (broken files, NaN or
+    Raises InputError (output exists, group size does not divide, bad overrides, a plan for another model, a plan beside
+    a spec or overrides), CheckpointError (broken files, NaN or
     infinite weights), UnsupportedError (quantized already, unknown architecture), Error (disk full).
     """
     if out is not None:
         check_output(Path(out).expanduser())
     elif not dry_run:
         raise InputError("quantize: no output folder is given; give one, or ask for a dry run.")
+    if plan is not None and (spec is not None or overrides is not None):
+        raise InputError("quantize: a plan says what every layer gets; give it without a spec and without overrides.")
     folder = open_folder(model)
-    plan = plan_quantization(folder, spec or QuantSpec(), overrides or {})
-    report = build_report(folder, plan, None if out is None else str(out), dry_run)
-    if plan.left_dense:
-        _logger.warning("left dense, not known as Linear layers: %s", _shortened(plan.left_dense))
+    if plan is not None:
+        overrides = planned_overrides(folder, _read_plan(plan))
+    work = list_work(folder, spec or QuantSpec(), overrides or {})
+    report = build_report(folder, work, None if out is None else str(out), dry_run)
+    if work.left_dense:
+        _logger.warning("left dense, not known as Linear layers: %s", _shortened(work.left_dense))
     if dry_run or out is None:
         return report
     with output_folder(out, report.bytes_after + _MARGIN_BYTES) as target:
-        rows = _write_shards(folder, plan, target, progress)
-        _write_small_files(folder, plan, target)
+        rows = _write_shards(folder, work, target, progress)
+        _write_small_files(folder, work, target)
     return dataclasses.replace(report, layers=rows)
 
 
-def _write_shards(folder: ModelFolder, plan: Plan, target: Path, progress: bool) -> tuple[LayerRow, ...]:
+def _read_plan(plan: Plan | str | Path) -> Plan:
+    from qtale.planner.plan import Plan
+
+    return plan if isinstance(plan, Plan) else Plan.read(plan)
+
+
+def _write_shards(folder: ModelFolder, work: Worklist, target: Path, progress: bool) -> tuple[LayerRow, ...]:
     from tqdm.auto import tqdm
 
     rows: list[LayerRow] = []
     with tqdm(total=folder.nbytes, unit="B", unit_scale=True, desc="quantize", disable=not progress) as bar:
         for shard in folder.shards:
             metadata = {"format": "pt", **shard.metadata}
-            with ShardWriter(target / shard.path.name, _output_tensors(shard, plan), metadata) as writer:
+            with ShardWriter(target / shard.path.name, _output_tensors(shard, work), metadata) as writer:
                 for info in shard.tensors.values():
-                    row = plan.rows.get(_quantized_module(info, plan))
+                    row = work.rows.get(_quantized_module(info, work))
                     if row is None:
                         writer.copy(shard, info)
                     else:
@@ -96,37 +112,37 @@ def _quantize_layer(folder: ModelFolder, shard: Shard, row: LayerRow, writer: Sh
     return dataclasses.replace(row, error=relative_error(weight, quantized))
 
 
-def _quantized_module(info: TensorInfo, plan: Plan) -> str:
+def _quantized_module(info: TensorInfo, work: Worklist) -> str:
     """The module that ``info`` is the weight of where that one is quantized, else an empty name."""
     module, _, kind = info.name.rpartition(".")
-    return module if kind == "weight" and module in plan.rows else ""
+    return module if kind == "weight" and module in work.rows else ""
 
 
-def _output_tensors(shard: Shard, plan: Plan) -> Iterator[TensorShape]:
+def _output_tensors(shard: Shard, work: Worklist) -> Iterator[TensorShape]:
     for info in shard.tensors.values():
-        row = plan.rows.get(_quantized_module(info, plan))
+        row = work.rows.get(_quantized_module(info, work))
         if row is None:
             yield TensorShape(info.name, info.dtype, info.shape)
         else:
             yield from packed_layout(row.name, row.shape, row.spec, row.dtype).values()
 
 
-def _write_small_files(folder: ModelFolder, plan: Plan, target: Path) -> None:
+def _write_small_files(folder: ModelFolder, work: Worklist, target: Path) -> None:
     for pattern in _COPIED:
         for source in sorted(folder.path.glob(pattern)):
             if source.is_file() and source.name not in _WRITTEN:
                 shutil.copyfile(source, target / source.name)
     if folder.sharded:
-        write_json(target / INDEX_FILE, _new_index(folder, plan))
-    specs = {module: row.spec for module, row in plan.rows.items()}
-    write_json(target / CONFIG_FILE, {**folder.config, "quantization_config": build_config(specs, plan.ignore)})
+        write_json(target / INDEX_FILE, _new_index(folder, work))
+    specs = {module: row.spec for module, row in work.rows.items()}
+    write_json(target / CONFIG_FILE, {**folder.config, "quantization_config": build_config(specs, work.ignore)})
 
 
-def _new_index(folder: ModelFolder, plan: Plan) -> Mapping[str, Any]:
+def _new_index(folder: ModelFolder, work: Worklist) -> Mapping[str, Any]:
     weight_map: dict[str, str] = {}
     total = 0
     for shard in folder.shards:
-        for tensor in _output_tensors(shard, plan):
+        for tensor in _output_tensors(shard, work):
             weight_map[tensor.name] = shard.path.name
             total += tensor.nbytes
     metadata = read_json_object(folder.path / INDEX_FILE).get("metadata")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from qtale.ptq.plan import ERROR_CHUNK
+from qtale.ptq.worklist import ERROR_CHUNK
 from qtale.spec import ResolvedSpec
 
 if TYPE_CHECKING:

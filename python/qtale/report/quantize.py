@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtale.ptq.plan import LayerRow, QuantizeReport
+from qtale.ptq.worklist import LayerRow, QuantizeReport
 from qtale.report.text import Row, describe_groups, fold, human_bytes, table
 
 

@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qtale.memory.sizes import human_bytes
+
+__all__ = ["Row", "describe_groups", "fold", "human_bytes", "ranges", "table"]
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -17,16 +21,6 @@ class Row:
     cells: tuple[str, ...]
     sizes: tuple[int, ...]
     count: int = 1
-
-
-def human_bytes(count: int) -> str:
-    """A size in binary units: ``1536`` → ``1.5 KiB``."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def describe_groups(group_size: int) -> str:

@@ -6,16 +6,21 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtale import names
 from qtale.checkpoint.folder import ModelFolder
+from qtale.checkpoint.identity import fingerprint
 from qtale.checkpoint.safetensors import TensorInfo
 from qtale.errors import InputError, UnsupportedError
 from qtale.format.config import parse_config
 from qtale.format.tensors import SCALE_DTYPES, packed_layout
 from qtale.spec import QuantSpec, ResolvedSpec
 
+if TYPE_CHECKING:
+    from qtale.planner.plan import Plan
+
+HEAD = "lm_head"
 # Resident size of Python with torch and qtale loaded, which comes on top of what the weights take.
 PROCESS_BYTES = 320 << 20
 # Rows are compared with the original in pieces of this many weights, in float32.
@@ -97,7 +102,7 @@ class QuantizeReport:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Worklist:
     """Rows by module name, and the modules that the ``ignore`` list must name."""
 
     rows: Mapping[str, LayerRow]
@@ -105,7 +110,7 @@ class Plan:
     left_dense: tuple[str, ...]
 
 
-def plan_quantization(folder: ModelFolder, spec: QuantSpec, overrides: Overrides) -> Plan:
+def list_work(folder: ModelFolder, spec: QuantSpec, overrides: Overrides) -> Worklist:
     """Decide what becomes of every matrix of a dense folder.
 
     Raises InputError for a group size that does not divide, an override that names no layer, or q/k/v and gate/up with
@@ -122,6 +127,8 @@ def plan_quantization(folder: ModelFolder, spec: QuantSpec, overrides: Overrides
             f"{folder.path}: has no Linear weights in numbered decoder blocks that qtale knows by name "
             f"(model_type {folder.config.get('model_type')!r}); the Llama family is what it is made for."
         )
+    if overrides.get(HEAD) is not None:
+        linears[HEAD] = _head(folder)
     _check_overrides(overrides, linears)
     rows: dict[str, LayerRow] = {}
     for module, info in linears.items():
@@ -129,22 +136,46 @@ def plan_quantization(folder: ModelFolder, spec: QuantSpec, overrides: Overrides
         if asked is not None:
             rows[module] = _row(folder, module, info, asked)
     if not rows:
-        raise InputError(f"{folder.path}: the overrides leave every layer dense; there is nothing to quantize.")
+        raise InputError(f"{folder.path}: every layer is to stay as it is stored; there is nothing to quantize.")
     _check_shared(rows, linears)
     dense = _dense_matrices(folder, rows)
     left_dense = tuple(module for module in dense if names.block_index(f"{module}.") is not None)
-    head = [] if "lm_head" in dense else ["lm_head"]
-    return Plan(rows, (*head, *dense), left_dense)
+    head = [] if HEAD in dense or HEAD in rows else [HEAD]
+    return Worklist(rows, (*head, *dense), left_dense)
 
 
-def build_report(folder: ModelFolder, plan: Plan, out: str | None, dry_run: bool) -> QuantizeReport:
-    """The report of a plan; sizes are exact because the layout is known."""
-    rows = tuple(plan.rows.values())
+def planned_overrides(folder: ModelFolder, plan: Plan) -> Overrides:
+    """The spec of every Linear under a plan, None where it stays as stored.
+
+    Raises InputError where the plan is for another model or does not cover its Linears exactly.
+    """
+    linears = [
+        names.module_of(info.name)
+        for info in folder.tensors.values()
+        if names.role(info.name, info.shape) == names.LINEAR
+    ]
+    plan.check_model(fingerprint(folder), linears)
+    head = plan.spec_of(HEAD)
+    return {**{module: plan.spec_of(module) for module in linears}, **({HEAD: head} if head is not None else {})}
+
+
+def _head(folder: ModelFolder) -> TensorInfo:
+    info = folder.tensors.get(f"{HEAD}.weight")
+    if info is None or folder.config.get("tie_word_embeddings") is True:
+        raise UnsupportedError(
+            f"{folder.path}: its head is the embedding and cannot be quantized alone; leave lm_head at 16 bits."
+        )
+    return info
+
+
+def build_report(folder: ModelFolder, work: Worklist, out: str | None, dry_run: bool) -> QuantizeReport:
+    """The report of a worklist; sizes are exact because the layout is known."""
+    rows = tuple(work.rows.values())
     before = folder.nbytes
     after = before + sum(row.bytes_after - row.bytes_before for row in rows)
     parameters = sum(info.numel for info in folder.tensors.values())
     return QuantizeReport(
-        str(folder.path), out, dry_run, rows, plan.left_dense, parameters, before, after, _peak_bytes(rows)
+        str(folder.path), out, dry_run, rows, work.left_dense, parameters, before, after, _peak_bytes(rows)
     )
 
 

@@ -1,0 +1,106 @@
+"""What a model takes in memory: weights in the layout that kernels read, KV cache and workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qtale.checkpoint.safetensors import ITEM_BYTES
+from qtale.errors import InputError
+from qtale.memory.shape import LinearShape, ModelShape
+from qtale.spec import QuantSpec, ResolvedSpec
+
+SpecOf = Callable[[str], QuantSpec | None]
+_CORE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# A module's Python objects and the unused ends of the pages that its tensors lie on; measured.
+MODULE_BYTES = 10 << 10
+# Inputs that share one activation scale of 4 bytes in the int8 product.
+_ACTIVATION_GROUP = 128
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes by part; ``layers`` has one number for each decoder block, ``other`` is norms, biases and bookkeeping."""
+
+    layers: tuple[int, ...]
+    embedding: int
+    head: int
+    other: int
+    kv_cache: int
+    workspace: int
+
+    @property
+    def weights(self) -> int:
+        """Everything that stays while the model is loaded."""
+        return sum(self.layers) + self.embedding + self.head + self.other
+
+    @property
+    def total(self) -> int:
+        """Weights, KV cache and workspace."""
+        return self.weights + self.kv_cache + self.workspace
+
+
+def linear_bytes(linear: LinearShape, spec: QuantSpec | ResolvedSpec | None) -> int:
+    """Bytes of a Linear's weight: prepacked for this CPU's kernels with its scales, or as stored where spec is None.
+
+    Scales have the dtype of the weight. Raises InputError where the group size does not divide in_features.
+    """
+    if spec is None:
+        return linear.stored_bytes
+    from qtale import _core
+
+    resolved = spec if isinstance(spec, ResolvedSpec) else spec.resolve(linear.name, linear.in_features)
+    groups = resolved.groups(linear.in_features)
+    dtype = _CORE_NAMES[linear.dtype]
+    return _core.prepacked_bytes(
+        linear.out_features, linear.in_features, groups, resolved.num_bits, resolved.symmetric, dtype
+    )
+
+
+def needed(shape: ModelShape, spec_of: SpecOf, *, context: int, batch: int) -> Needs:
+    """What :func:`qtale.load_torch` makes of the model, run on ``batch`` sequences of ``context`` tokens.
+
+    ``spec_of`` gives the spec of a Linear by its full name, None where it stays as stored (``Plan.spec_of``).
+    Raises InputError for a negative context or a batch below 1.
+    """
+    layers = [0] * shape.num_layers
+    order = {number: place for place, number in enumerate(dict.fromkeys(map(_block, shape.linears)))}
+    for linear in shape.linears:
+        layers[order[_block(linear)]] += linear_bytes(linear, spec_of(linear.name))
+    head = 0 if shape.head is None else linear_bytes(shape.head, spec_of(shape.head.name))
+    return Needs(
+        layers=tuple(layers),
+        embedding=shape.embedding_bytes,
+        head=head,
+        other=shape.other_bytes + MODULE_BYTES * len(shape.linears),
+        kv_cache=kv_bytes(shape, context, batch),
+        workspace=workspace_bytes(shape, context, batch),
+    )
+
+
+def kv_bytes(shape: ModelShape, context: int, batch: int) -> int:
+    """Keys and values of ``batch`` sequences of ``context`` tokens in every layer, in the model's dtype."""
+    if context < 0 or batch < 1:
+        raise InputError(f"memory: context {context} and batch {batch}; context is 0 or more, batch 1 or more.")
+    return batch * context * shape.num_layers * shape.kv_width * ITEM_BYTES[shape.dtype]
+
+
+def workspace_bytes(shape: ModelShape, context: int, batch: int) -> int:
+    """The most that one forward over ``batch * context`` tokens holds beside weights and KV cache; measured.
+
+    Three tensors of the MLP's inner width, five of the attention's, the int8 codes of one input with their scales, and
+    the logits of the last position, which sampling widens to float32. This counts what is in use: with the settings
+    that it comes with, glibc's allocator may hold up to three times as much in gaps between pieces of the KV cache
+    (MALLOC_MMAP_THRESHOLD_=65536 in the environment keeps it from that).
+    """
+    item = ITEM_BYTES[shape.dtype]
+    codes = shape.intermediate_width + 4 * shape.intermediate_width // _ACTIVATION_GROUP
+    token = item * (3 * shape.intermediate_width + 5 * shape.attention_width) + codes
+    return batch * (context * token + shape.vocabulary * (item + 4))
+
+
+def _block(linear: LinearShape) -> int:
+    from qtale import names
+
+    place = names.split_block(linear.name)
+    return place[0] if place else 0
