@@ -12,7 +12,7 @@ import qtale
 ROOT = Path(qtale.__file__).parent
 # The package itself only re-exports, lazily; it belongs to no level.
 LEVELS = (
-    {"errors", "spec", "names"},
+    {"errors", "files", "spec", "names"},
     {"_core", "tensors", "kernels", "ops", "torch_ops"},
     {"checkpoint", "format", "nn"},
     {"importance", "planner", "memory", "ptq", "routing", "qat"},

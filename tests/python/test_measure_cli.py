@@ -13,7 +13,6 @@ import qtale
 from importance_samples import LAYERS, VOCAB, save_model, some_tokens
 from qtale.checkpoint import fingerprint
 from qtale.cli.main import main
-from qtale.cli.measure import parse_size
 from qtale.errors import CheckpointError, InputError, NetworkError
 from qtale.integrations import calibration
 
@@ -166,10 +165,3 @@ def test_text_that_is_no_text(model: Path, tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is no UTF-8 text"):
         calibration.calibrate(model, tmp_path / "bytes", 1, 4, 0)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("6GiB", 6 << 30), ("512MB", 512 << 20), ("1.5 g", 3 << 29), ("1000", 1000), ("64k", 65536)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size

@@ -6,16 +6,13 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
-from qtale.errors import InputError
 from qtale.importance.options import DEFAULT_METRICS, METRICS, MeasureOptions
 
 NAME = "measure"
 HELP = "score how much every layer of a model matters"
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _DEFAULT = MeasureOptions()
 
 
@@ -86,21 +83,14 @@ def options_of(args: argparse.Namespace) -> MeasureOptions:
     return MeasureOptions(metrics=metrics, group_size=group, **{name: getattr(args, name) for name in names})
 
 
-def parse_size(text: str) -> int:
-    """Bytes of ``6GiB``, ``512 MB`` or ``1000``, in binary units; InputError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise InputError(f"--max-memory {text!r} is no size; write it as 512MiB or 2GiB.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, write the file and print the scores; returns 0."""
     from qtale.integrations.measure import measure
     from qtale.integrations.scoring_model import model_folder
+    from qtale.memory import parse_size
     from qtale.report.importance import render
 
-    options, max_memory = options_of(args), parse_size(args.max_memory)
+    options, max_memory = options_of(args), parse_size(args.max_memory, "--max-memory")
     progress = sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     importance = measure(
         model_folder(args.model),

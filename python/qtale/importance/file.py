@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtale.errors import InputError
-from qtale.importance.journal import write_whole
+from qtale.files import write_whole
 
 FORMAT = "qtale.importance"
 VERSION = 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qtale.checkpoint.index import read_json_object
 from qtale.errors import Error, InputError
+from qtale.files import write_whole
 
 _FILE = "journal.json"
 _LOCK = ".lock"
@@ -72,24 +71,3 @@ def claimed(folder: Path | None) -> Iterator[None]:
             yield
     except filelock.Timeout as error:
         raise InputError(f"{folder}: another measurement runs in it; wait for it or give another folder.") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or, on an error, not at all; Error where it cannot be written."""
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.fchmod(file.fileno(), 0o666 & ~mask)
-        Path(temporary).replace(path)
-    except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise Error(f"{path}: cannot be written: {error.strerror or error}.") from error
-        raise

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtale import names
+from qtale.checkpoint.architecture import build_on_meta, decoder_config, short
 from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.errors import CheckpointError, InputError, UnsupportedError
 from qtale.format.config import build_config
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_MESSAGE_CHARACTERS = 300
 
 
 def load_torch(
@@ -141,52 +141,25 @@ def _chosen_dtype(folder: ModelFolder, dtype: torch.dtype | str | None) -> torch
     return _torch_dtype(stored if stored in _DTYPES else "float32")
 
 
-def _config(folder: ModelFolder) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    # Config classes raise errors of many kinds for values that they do not take; so do model classes below.
-    except Exception as error:
-        raise UnsupportedError(f"{folder.path}: transformers cannot use its config.json: {_text(error)}") from error
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedError(
-            f"{folder.path}: transformers has no causal language model of type {config.model_type!r}; "
-            "load_torch takes decoder models such as Llama, Mistral, Qwen or Phi."
-        )
-    return config
-
-
 def _load_dense(folder: ModelFolder, dtype: torch.dtype | str | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    config, chosen = _config(folder), _chosen_dtype(folder, dtype)
+    config, chosen = decoder_config(folder, "load_torch"), _chosen_dtype(folder, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder.path, config=config, dtype=chosen, use_safetensors=True, local_files_only=True
         )
     except Exception as error:
-        raise CheckpointError(f"{folder.path}: transformers cannot load it: {_text(error)}") from error
+        raise CheckpointError(f"{folder.path}: transformers cannot load it: {short(error)}") from error
     return model
 
 
 def _build(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on the meta device; buffers, which no file holds, are computed as usual."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    config = _config(folder)
+    config = decoder_config(folder, "load_torch")
     # transformers must not start its own decompression; the caller puts the entry back.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if (folder.path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder.path)
-    except Exception as error:
-        raise UnsupportedError(f"{folder.path}: transformers cannot build its model: {_text(error)}") from error
+    model = build_on_meta(folder, config, dtype)
     model.name_or_path = model.config.name_or_path = str(folder.path)
     return model
 
@@ -255,8 +228,3 @@ def _check_complete(model: PreTrainedModel, folder: ModelFolder) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(f"{folder.path}: lacks the tensors {', '.join(missing[:3])}{more}.")
-
-
-def _text(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MESSAGE_CHARACTERS else f"{text[:_MESSAGE_CHARACTERS]} …"

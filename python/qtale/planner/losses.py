@@ -11,8 +11,8 @@ from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.identity import fingerprint
 from qtale.checkpoint.index import read_json_object
 from qtale.errors import CheckpointError, InputError
+from qtale.files import write_whole
 from qtale.memory.shape import LinearShape
-from qtale.planner.files import write_whole
 from qtale.planner.options import Options
 from qtale.planner.scores import parse_errors
 

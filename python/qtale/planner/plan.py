@@ -10,8 +10,8 @@ from typing import Any
 
 from qtale import names
 from qtale.errors import InputError
+from qtale.files import write_whole
 from qtale.planner.fields import once, parse_plan
-from qtale.planner.files import write_whole
 from qtale.spec import QuantSpec
 
 AS_STORED = 16

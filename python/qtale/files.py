@@ -22,7 +22,9 @@ def write_whole(path: Path, text: str) -> None:
             os.umask(mask)
             os.fchmod(file.fileno(), 0o666 & ~mask)
         Path(temporary).replace(path)
-    except OSError as error:
+    except BaseException as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise Error(f"{path}: cannot be written: {error.strerror or error}.") from error
+        if isinstance(error, OSError):
+            raise Error(f"{path}: cannot be written: {error.strerror or error}.") from error
+        raise
