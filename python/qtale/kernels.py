@@ -120,6 +120,26 @@ def fake_quantize(x: Array, scale: Array, zero_point: Array | None, *, num_bits:
     return out
 
 
+def project_topk(x: Array, matrix: Array, k: int) -> tuple[Any, Any]:
+    """:func:`qtale.ops.project_topk`."""
+    rows, _ = _matrix_shape("project_topk", "x", x)
+    entries, _ = _matrix_shape("project_topk", "matrix", matrix)
+    if not 1 <= k <= entries:
+        raise InputError(f"project_topk: k is {k}, but the matrix has {entries} rows; use a k from 1 to that.")
+    values, indices = empty(x, (rows, k), "float32"), empty(x, (rows, k), "int32")
+    _core.project_topk(memory(x), memory(matrix), memory(values), memory(indices))
+    return values, indices
+
+
+def jaccard(a: Array, b: Array) -> Any:
+    """:func:`qtale.ops.jaccard`."""
+    rows, _ = _matrix_shape("jaccard", "a", a)
+    _matrix_shape("jaccard", "b", b)
+    out = empty(a, (rows,), "float64")
+    _core.jaccard(memory(a), memory(b), memory(out))
+    return out
+
+
 def _float32(bias: Array | None) -> Any:
     if bias is None:
         return None

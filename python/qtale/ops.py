@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "dequantize",
     "fake_quantize",
+    "jaccard",
     "pack",
     "prepack",
     "prepacked_info",
+    "project_topk",
     "qmatmul",
     "quantize",
     "unpack",
@@ -119,3 +121,24 @@ def fake_quantize(x: Array, scale: Array, zero_point: Array | None = None, *, nu
     With autograd, gradients pass straight through where the code is not clamped (Bengio et al. 2013).
     """
     return _backend(x).fake_quantize(x, scale, zero_point, num_bits=num_bits)
+
+
+def project_topk(x: Array, matrix: Array, k: int) -> tuple[Any, Any]:
+    """The ``k`` largest values of every row of ``x @ matrix.T`` and the rows of the matrix that they belong to.
+
+    x is [n, depth] in float32; matrix [vocab, depth] in float32, float16 or bfloat16, its rows contiguous. Products are
+    never stored: beside its results a call takes a float32 copy of up to 512 rows of x, and O(512 k) per thread. Sums
+    are float32, ``|error| <= (depth + 8) * 2^-24 * sum_i |x_i * matrix_i|``; threads do not change them.
+
+    Returns (values float32 [n, k] in descending order, indices int32 [n, k]); of equal values the smaller index comes
+    first. There is no gradient. Raises InputError for a k outside 1 … vocab, and names the row whose product is NaN.
+    """
+    return _backend(x).project_topk(x, matrix, k)  # type: ignore[no-any-return]
+
+
+def jaccard(a: Array, b: Array) -> Any:
+    """``|A ∩ B| / |A ∪ B|`` in float64 [n] of the index sets in the rows of ``a`` [n, ka] and ``b`` [n, kb], int32.
+
+    What stands twice in a row counts once; two empty sets give 1. There is no gradient.
+    """
+    return _backend(a).jaccard(a, b)

@@ -28,6 +28,8 @@ _SCHEMAS = (
     "qmatmul(Tensor x, Tensor prepacked, SymInt out_features, Tensor? bias, str compute) -> Tensor",
     "qmatmul_input_grad(Tensor grad, Tensor prepacked, SymInt in_features) -> Tensor",
     "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point, int num_bits) -> Tensor",
+    "project_topk(Tensor x, Tensor matrix, SymInt k) -> (Tensor values, Tensor indices)",
+    "jaccard(Tensor a, Tensor b) -> Tensor",
 )
 
 # No defaults: :mod:`qtale.ops` alone has them.
@@ -258,6 +260,32 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return grad * inside, None, None, None
 
 
+def project_topk(x: Tensor, matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`qtale.ops.project_topk`."""
+    return torch.ops.qtale.project_topk.default(x, matrix, k)  # type: ignore[no-any-return]
+
+
+def jaccard(a: Tensor, b: Tensor) -> Any:
+    """:func:`qtale.ops.jaccard`."""
+    return torch.ops.qtale.jaccard.default(a, b)
+
+
+_impl("project_topk")(kernels.project_topk)
+
+
+@_fake("project_topk")
+def _project_topk_fake(x: Tensor, matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int32)
+
+
+_impl("jaccard")(kernels.jaccard)
+
+
+@_fake("jaccard")
+def _jaccard_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0],), dtype=torch.float64)
+
+
 torch.library.register_autograd("qtale::qmatmul", _qmatmul_backward, setup_context=_qmatmul_context, lib=_library)
 torch.library.register_autograd(
     "qtale::qmatmul_input_grad", _input_grad_backward, setup_context=_input_grad_context, lib=_library
@@ -266,6 +294,6 @@ torch.library.register_autograd(
     "qtale::fake_quantize", _fake_quantize_backward, setup_context=_fake_quantize_context, lib=_library
 )
 
-# Codes have no gradient: their results never require one, whatever the inputs do.
-for _operator in ("quantize", "dequantize", "pack", "unpack", "prepack"):
+# Codes and token sets have no gradient: their results never require one, whatever the inputs do.
+for _operator in ("quantize", "dequantize", "pack", "unpack", "prepack", "project_topk", "jaccard"):
     _library.impl(_operator, torch.library.fallthrough_kernel, "Autograd")

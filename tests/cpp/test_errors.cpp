@@ -21,6 +21,12 @@ struct Arguments {
   TensorView x = TensorView::matrix(floats.data(), DType::f32, 3, 64);
   TensorView y = TensorView::matrix(floats.data() + 512, DType::f32, 3, 4);
   TensorView bias = TensorView::vector(floats.data() + 600, DType::f32, 4);
+  TensorView values = TensorView::matrix(floats.data() + 700, DType::f32, 3, 2);
+  TensorView indices = TensorView::matrix(words.data() + 64, DType::s32, 3, 2);
+  TensorView left = TensorView::matrix(words.data(), DType::s32, 3, 5);
+  TensorView right = TensorView::matrix(words.data(), DType::s32, 3, 4);
+  std::vector<double> doubles = std::vector<double>(16);
+  TensorView shares = TensorView::vector(doubles.data(), DType::f64, 3);
   int bits = 4;
 
   static Weight weight_of() {
@@ -39,6 +45,9 @@ void call_prepack(Arguments& a) { prepack(a.codes, a.scale, &a.zero, a.bits, a.p
 void call_unprepack(Arguments& a) { unprepack(a.prepack_buffer, a.codes, a.scale, &a.zero); }
 void call_qmatmul(Arguments& a) { qmatmul(a.x, a.prepack_buffer, &a.bias, a.y, Compute::int8); }
 
+void call_project_topk(Arguments& a) { project_topk(a.x, a.weight, a.values, a.indices); }
+void call_jaccard(Arguments& a) { jaccard(a.left, a.right, a.shares); }
+
 struct NamedOp {
   const char* name;
   Op call;
@@ -54,6 +63,8 @@ const NamedOp kOps[] = {
     {"prepack", call_prepack, {&A::codes, &A::scale, &A::zero, &A::prepack_buffer}},
     {"unprepack", call_unprepack, {&A::codes, &A::scale, &A::zero}},
     {"qmatmul", call_qmatmul, {&A::x, &A::bias, &A::y}},
+    {"project_topk", call_project_topk, {&A::x, &A::weight, &A::values, &A::indices}},
+    {"jaccard", call_jaccard, {&A::shares}},
 };
 
 // The refusal after one change; it has to be a sentence that begins with the operator.
@@ -95,7 +106,8 @@ TEST_CASE("errors: every tensor of every operator has a dtype, a shape, a layout
 TEST_CASE("errors: bit widths are 2, 3, 4 and 8") {
   for (const NamedOp& op : kOps) {
     const std::string name = op.name;
-    if (name == "dequantize" || name == "unprepack" || name == "qmatmul") continue;
+    if (name == "dequantize" || name == "unprepack" || name == "qmatmul" || name == "project_topk" || name == "jaccard")
+      continue;
     for (const int bits : {-1, 0, 1, 5, 6, 7, 9, 16, 64}) {
       expect_refusal(op, [&](A& a) { a.bits = bits; }, "num_bits " + std::to_string(bits));
       expect_refusal(op, [&](A& a) { a.bits = bits; }, "2, 3, 4 or 8");
@@ -122,6 +134,21 @@ TEST_CASE("errors: values that no code stands for are refused") {
 TEST_CASE("errors: weights that are not finite name their row") {
   expect_refusal(kOps[0], [](A& a) { a.floats[2 * 64 + 5] = INFINITY; }, "row 2");
   expect_refusal(kOps[0], [](A& a) { a.floats[63] = NAN; }, "row 0");
+}
+
+TEST_CASE("errors: project_topk and jaccard want shapes that go together") {
+  expect_refusal(
+      kOps[8], [](A& a) { a.values.shape[1] = a.indices.shape[1] = 5; }, "k is 5, but the matrix has 4 rows");
+  expect_refusal(kOps[8], [](A& a) { a.values.shape[1] = a.indices.shape[1] = 0; }, "k is 0");
+  expect_refusal(kOps[8], [](A& a) { a.x.shape[1] = 32; }, "x has 32 features, the matrix 64");
+  expect_refusal(kOps[8], [](A& a) { a.x.dtype = DType::f16; }, "x is float16; expected float32");
+  for (const auto tensor : {&A::left, &A::right}) {
+    expect_refusal(kOps[9], [&](A& a) { (a.*tensor).dtype = DType::s64; }, "int64; expected int32");
+    expect_refusal(kOps[9], [&](A& a) { (a.*tensor).strides[1] = 2; }, "contiguous");
+    expect_refusal(kOps[9], [&](A& a) { (a.*tensor).device = {DeviceType::cuda, 0}; }, "CUDA");
+    expect_refusal(kOps[9], [&](A& a) { (a.*tensor).shape[0] = 2; }, "rows");
+    expect_refusal(kOps[9], [&](A& a) { (a.*tensor).rank = 1; }, "shape");
+  }
 }
 
 TEST_CASE("errors: unprepack and qmatmul say what the buffer holds") {

@@ -1,4 +1,4 @@
-"""Small random models of several architectures, and importance scores computed the plain way: the whole model at once."""
+"""Small random models of several architectures, and their importance scores computed on the whole model at once."""
 
 from __future__ import annotations
 
@@ -111,10 +111,8 @@ def plain_fisher(model: Any, tokens: np.ndarray, bits: int) -> dict[str, float]:
         for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
             squares[name] += gradient**2
     count = tokens.shape[0] * (tokens.shape[1] - 1)
-    return {
-        name: float((squares[name] * (rounded(weight, bits, 32, torch.float32) - weight) ** 2).sum()) / 2 / count
-        for name, weight in weights.items()
-    }
+    changes = {name: rounded(weight, bits, 32, torch.float32) - weight.detach() for name, weight in weights.items()}
+    return {name: float((squares[name] * changes[name] ** 2).sum()) / 2 / count for name in weights}
 
 
 def plain_zd(model: Any, layer: int, tail: str) -> float:
@@ -125,7 +123,5 @@ def plain_zd(model: Any, layer: int, tail: str) -> float:
 
 def plain_error(model: Any, layer: int, bits: int) -> float:
     weights = [weight.detach() for weight in linear_weights(model, layer).values()]
-    squares = [
-        ((rounded(weight, bits, 32, torch.float32) - weight).norm() ** 2, weight.norm() ** 2) for weight in weights
-    ]
-    return math.sqrt(sum(float(a) for a, _ in squares) / sum(float(b) for _, b in squares))
+    errors = [rounded(weight, bits, 32, torch.float32) - weight for weight in weights]
+    return math.sqrt(sum(float(e.norm()) ** 2 for e in errors) / sum(float(w.norm()) ** 2 for w in weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -88,10 +89,10 @@ def test_sequences_are_windows_of_the_text_and_depend_on_the_seed(model: Path, t
     assert not np.array_equal(drawn[0].tokens, drawn[2].tokens)
     assert drawn[0].tokens.shape == (4, 10)
     rows = [[int(word[1:]) for word in line.split()] for line in text.read_text().split("\n\n")]
-    # A window of ten tokens holds one whole line of six tokens at least in part: its start continues in the text.
-    pairs = {(a, b) for row in rows for a, b in zip(row, row[1:], strict=False)}
-    inside = [(a, b) in pairs for window in drawn[0].tokens.tolist() for a, b in zip(window, window[1:], strict=False)]
-    assert np.mean(inside) >= 0.8
+    pairs = {pair for row in rows for pair in itertools.pairwise(row)}
+    inside = [pair in pairs for window in drawn[0].tokens.tolist() for pair in itertools.pairwise(window)]
+    # Lines of six tokens are shuffled, so two of the nine pairs of a window may join lines.
+    assert np.mean(inside) >= 7 / 9
 
 
 @pytest.mark.parametrize(

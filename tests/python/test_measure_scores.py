@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_the_whole_vocabulary_and_a_single_token(sample) -> None:
 def test_cosines(sample) -> None:
     path, whole, tokens = sample
     states = hidden_states(whole, tokens)
-    cosines = torch.stack([torch.cosine_similarity(a, b, dim=-1) for a, b in zip(states, states[1:], strict=False)])
+    cosines = torch.stack([torch.cosine_similarity(a, b, dim=-1) for a, b in itertools.pairwise(states)])
     last = measured(path, tokens, metrics=("lim", "bi"))
     everywhere = measured(path, tokens, metrics=("lim",), positions="all")
     np.testing.assert_allclose(last.per_sequence["lim"], -cosines[..., -1].T, atol=1e-5)

@@ -1,102 +1,77 @@
-// x times a vocabulary over the Vec of the including file's instruction set. Many rows: the lanes are rows of x and
-// entries are broadcast, so nothing of the matrix is transposed. Few rows: the lanes run along the depth, and the
-// matrix is read where it lies, once.
+// x times a vocabulary over the Vec of the including file's instruction set. The lanes are rows of x and entries are
+// broadcast, so nothing of the matrix is transposed.
 #pragma once
 
-#include "cpu/elements.inl"
-#include "cpu/kernels.h"
-#include "cpu/topk.h"
-#include "cpu/unroll.h"
+#include "cpu/project_few.inl"
 
 namespace qtale::cpu::projection {
 namespace {
 
-constexpr std::int64_t kDepth = 256;   // of one block: its part of x stays in L1
-constexpr std::int64_t kStep = 16;     // depth of one round of the inner loop
-constexpr std::int64_t kEntries = 96;  // of one tile: shared by all rows
-constexpr int kFewRows = kWidth * 3 / 4;
-constexpr int kFewTile = 4;            // rows
-constexpr std::int64_t kAhead = 4096;  // bytes
-
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
-
-// Depth in equal blocks of whole rounds; the same for every tile, as sums are rounded after each block.
-inline std::int64_t block_depth(std::int64_t depth) {
-  const std::int64_t blocks = (depth + kDepth - 1) / kDepth;
-  return blocks == 0 ? kStep : round_up((depth + blocks - 1) / blocks, kStep);
-}
-
-template <int Vecs>
-std::size_t packed_bytes(std::int64_t rows, std::int64_t depth) {
-  const std::int64_t padded_rows = rows <= kFewRows ? rows : round_up(rows, Vecs * kWidth);
-  return static_cast<std::size_t>(padded_rows * round_up(depth, kStep)) * sizeof(float);
-}
-
-// Rows [rows, padded depth] for few of them, else panels [padded depth, lanes]; zeros fill the padding.
-template <int Vecs>
-void pack(const ProjectArgs& a, std::int64_t begin, std::int64_t end) {
-  constexpr std::int64_t kPanel = Vecs * kWidth;
-  const std::int64_t padded = round_up(a.depth, kStep);
-  const auto* x = static_cast<const float*>(a.x.data);
-  auto* out = reinterpret_cast<float*>(a.packed) + begin * padded;
-  if (a.rows <= kFewRows) {
-    for (std::int64_t r = begin; r < end; ++r)
-      for (std::int64_t i = 0; i < padded; ++i) *out++ = i < a.depth ? x[r * a.x.stride + i] : 0.0f;
-    return;
-  }
-  for (std::int64_t r = begin; r < end; r += kPanel)
-    for (std::int64_t i = 0; i < padded; ++i)
-      for (std::int64_t lane = 0; lane < kPanel; ++lane)
-        *out++ = i < a.depth && r + lane < a.rows ? x[(r + lane) * a.x.stride + i] : 0.0f;
-}
-
-// What one thread needs: a block of entries as float32, and the sums of one tile [panels][entries][lanes].
+// What one thread needs: a ring of groups of entries as float32, one more than a tile has, and the sums of one tile
+// [panels][entries][lanes].
 template <int Group, int Vecs>
 struct Workspace {
   static_assert(kEntries % Group == 0);
-  float* entries;
+  static constexpr std::int64_t kSlots = kEntries / Group + 1;
+  float* slots;
   float* sums;
   explicit Workspace(std::byte* scratch)
-      : entries(reinterpret_cast<float*>(scratch)), sums(entries + kEntries * kDepth) {}
+      : slots(reinterpret_cast<float*>(scratch)), sums(slots + kSlots * Group * kStride) {}
+  float* slot(std::int64_t i) const { return slots + i % kSlots * Group * kStride; }
   static std::size_t bytes(std::int64_t rows) {
     const std::int64_t lanes = rows <= kFewRows ? 0 : round_up(rows, Vecs * kWidth);
-    return static_cast<std::size_t>(kEntries * kDepth + kEntries * lanes) * sizeof(float);
+    return static_cast<std::size_t>(kSlots * Group * kStride + kEntries * lanes) * sizeof(float);
   }
 };
 
-// Raw memory that a tile asks for while it multiplies: `rows` lines that are `stride` bytes apart, then further on.
-struct ReadAhead {
-  const char* at;
+// What a tile does beside its products in each of kStep turns of a round: nothing,
+struct Idle {
+  template <int Turn>
+  QTALE_INLINE void turn(std::integral_constant<int, Turn>) {}
+};
+// or a Group-th of converting the group of entries that comes next, for which its inner loop has time. It asks for
+// memory that will be converted one block later.
+template <class E, int Group>
+struct Converter {
+  static_assert(Group < kStep);
+  const typename E::T* from;
   std::int64_t stride;
-  std::int64_t step;
+  std::int64_t ahead;  // bytes
+  float* to;
+  template <int Turn>
+  QTALE_INLINE void turn(std::integral_constant<int, Turn>) {
+    if constexpr (Turn < Group) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
+      for (int i = 0; i < kStep; i += kWidth) store_f32(to + Turn * kStride + i, E::load(from + i));
+      from += stride;
+    } else if constexpr (Turn == kStep - 1) {
+      from += kStep - Group * stride;
+      to += kStep;
+    }
+  }
 };
 
-// Adds Group entries [Group][kDepth] times one panel of x [depth][lanes] to sums [Group][lanes], or begins them.
-template <int Group, int Vecs, int Used>
+// Adds Group entries [Group][kStride] times one panel of x [depth][lanes] to sums [Group][lanes], or begins them.
+template <int Group, int Vecs, int Used, class Beside>
 __attribute__((noipa)) void tile_products(const float* x, const float* entries, std::int64_t rounds, bool begins,
-                                          ReadAhead ahead, float* sums) {
+                                          Beside beside, float* sums) {
   constexpr int kPanel = Vecs * kWidth;
   VecF acc[Group][Used];
   unroll<Group>([&](auto e)
                     QTALE_INLINE_LAMBDA { unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { acc[e][p] = set1(0.0f); }); });
-  const std::int64_t step = ahead.step - Group * ahead.stride;
 #pragma GCC unroll 1
   for (std::int64_t r = 0; r < rounds; ++r) {
     unroll<kStep>([&](auto i) QTALE_INLINE_LAMBDA {
       VecF row[Used];
       unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { row[p] = load_f32(x + i * kPanel + p * kWidth); });
       unroll<Group>([&](auto e) QTALE_INLINE_LAMBDA {
-        const VecF entry = set1(entries[e * kDepth + i]);
-        unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { acc[e][p] = fmadd(entry, row[p], acc[e][p]); });
+        const VecF entry = set1(entries[e * kStride + i]);
+        unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { accumulate(acc[e][p], entry, row[p]); });
       });
-      if constexpr (i < Group) {
-        __builtin_prefetch(ahead.at, 0, 2);
-        ahead.at += ahead.stride;
-      }
+      beside.turn(i);
     });
     x += kStep * kPanel;
     entries += kStep;
-    ahead.at += step;
   }
   unroll<Group>([&](auto e) QTALE_INLINE_LAMBDA {
     unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA {
@@ -104,17 +79,6 @@ __attribute__((noipa)) void tile_products(const float* x, const float* entries, 
       store_f32(sum, begins ? acc[e][p] : add(load_f32(sum), acc[e][p]));
     });
   });
-}
-
-// Entries [count, depth] as float32 [.., kDepth], zeros up to whole rounds.
-template <class E>
-inline void convert(const typename E::T* from, std::int64_t stride, std::int64_t count, std::int64_t depth, float* to) {
-  for (std::int64_t e = 0; e < count; ++e, from += stride, to += kDepth) {
-    std::int64_t i = 0;
-    for (; i + kWidth <= depth; i += kWidth) store_f32(to + i, E::load(from + i));
-    for (; i < round_up(depth, kStep); i += kWidth)
-      store_f32(to + i, i < depth ? load_part<E>(from + i, depth - i) : set1(0.0f));
-  }
 }
 
 // Offers finished sums [count][lanes] of one panel.
@@ -134,98 +98,109 @@ inline void select(const float* sums, std::int64_t entry, std::int64_t count, st
   }
 }
 
-// One tile of entries times all rows.
+// Entries as they lie in the matrix: `rows` of them, `depth` deep.
+template <class E>
+struct Source {
+  const typename E::T* at;
+  std::int64_t rows;
+  std::int64_t depth;
+};
+
+// A chunk of entries times all rows. While one group of entries is multiplied with the first panel of rows, the group
+// that comes next is converted: of the same block of the depth, of the next one, or of the next tile.
 template <class E, int Group, int Vecs>
-void run_tile(const ProjectArgs& a, std::int64_t entry, std::int64_t count, const Workspace<Group, Vecs>& w,
-              Candidates& c) {
-  constexpr std::int64_t kPanel = Vecs * kWidth;
-  const auto* matrix = static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride;
-  const std::int64_t block = block_depth(a.depth), padded = round_up(a.depth, kStep);
-  const std::int64_t groups = (count + Group - 1) / Group;
-  const std::int64_t size = sizeof(typename E::T), stride = a.matrix.stride * size;
-  std::int64_t depth = 0;
-  for (std::int64_t begin = 0; begin < a.depth || begin == 0; begin += block) {
-    depth = min64(block, a.depth - begin);
-    convert<E>(matrix + begin, a.matrix.stride, count, depth, w.entries);
-    const bool last = begin + block >= a.depth;
-    const char* next = reinterpret_cast<const char*>(last ? matrix + count * a.matrix.stride : matrix + begin + block);
-    const float* x = reinterpret_cast<const float*>(a.packed) + begin * kPanel;
-    float* sums = w.sums;
-    for (std::int64_t row = 0; row < a.rows; row += kPanel, x += padded * kPanel, sums += kEntries * kPanel) {
-      const std::int64_t rows = min64(kPanel, a.rows - row);
-      const auto tile = rows > kWidth ? tile_products<Group, Vecs, Vecs> : tile_products<Group, Vecs, 1>;
-      for (std::int64_t g = 0; g < groups; ++g) {
-        const ReadAhead ahead = row == 0 ? ReadAhead{next + g * Group * stride, stride, kStep * size}
-                                         : ReadAhead{reinterpret_cast<const char*>(w.entries), 0, 0};
-        tile(x, w.entries + g * Group * kDepth, round_up(depth, kStep) / kStep, begin == 0, ahead,
-             sums + g * Group * kPanel);
-      }
-      if (last) select<Vecs>(sums, entry, count, row, rows, c);
+class ManyRows {
+ public:
+  ManyRows(const ProjectArgs& a, std::byte* scratch, Candidates& c)
+      : a_(a), c_(c), w_(scratch), block_(block_depth(a.depth)), padded_(round_up(a.depth, kStep)) {}
+
+  void run(std::int64_t begin, std::int64_t end) {
+    convert(source(begin, end, 0), 0, w_.slot(slot_));
+    for (; begin < end; begin += kEntries) run_tile(begin, min64(begin + kEntries, end), end);
+  }
+
+ private:
+  static constexpr std::int64_t kPanel = Vecs * kWidth;
+
+  const typename E::T* at(std::int64_t entry, std::int64_t depth) const {
+    return static_cast<const typename E::T*>(a_.matrix.data) + entry * a_.matrix.stride + depth;
+  }
+  Source<E> source(std::int64_t entry, std::int64_t end, std::int64_t depth) const {
+    return {at(entry, depth), min64(Group, end - entry), min64(block_, a_.depth - depth)};
+  }
+
+  // From some depth on, with zeros up to whole rounds.
+  void convert(const Source<E>& s, std::int64_t depth, float* to) const {
+    if (depth >= s.depth) return;
+    for (std::int64_t e = 0; e < s.rows; ++e) {
+      const typename E::T* from = s.at + e * a_.matrix.stride;
+      for (std::int64_t i = depth; i < round_up(s.depth, kStep); i += kWidth)
+        store_f32(to + e * kStride + i,
+                  i + kWidth <= s.depth ? E::load(from + i) : load_part<E>(from + i, s.depth - i));
     }
   }
-}
 
-// Rows of x times Entries rows of the matrix where they lie.
-template <class E, int Rows, int Entries>
-__attribute__((noipa)) void tile_few(const float* x, std::int64_t padded, const typename E::T* matrix,
-                                     std::int64_t stride, std::int64_t depth, float* sums) {
-  VecF acc[Rows][Entries];
-  unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { acc[r][e] = set1(0.0f); });
-  });
-  const auto step = [&](auto&& load) QTALE_INLINE_LAMBDA {
-    VecF entry[Entries];
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { entry[e] = load(e); });
-    unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-      const VecF row = load_f32(x + r * padded);
-      unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { acc[r][e] = fmadd(row, entry[e], acc[r][e]); });
-    });
-  };
-  const typename E::T* const end = matrix + depth / kWidth * kWidth;
-#pragma GCC unroll 1
-  for (; matrix != end; matrix += kWidth, x += kWidth) {
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA {
-      __builtin_prefetch(reinterpret_cast<const char*>(matrix + e * stride) + kAhead);
-    });
-    step([&](auto e) QTALE_INLINE_LAMBDA { return E::load(matrix + e * stride); });
+  template <class Beside>
+  void multiply(const float* x, std::int64_t rows, std::int64_t slot, std::int64_t depth, std::int64_t begin,
+                const Beside& beside, float* sums) const {
+    const auto tile = rows > kWidth ? tile_products<Group, Vecs, Vecs, Beside> : tile_products<Group, Vecs, 1, Beside>;
+    tile(x, w_.slot(slot), round_up(depth, kStep) / kStep, begin == 0, beside, sums);
   }
-  if (depth % kWidth != 0)
-    step([&](auto e) QTALE_INLINE_LAMBDA { return load_part<E>(matrix + e * stride, depth % kWidth); });
-  unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { sums[r * Entries + e] = reduce_add(acc[r][e]); });
-  });
-}
 
-// Entries [entry, entry + Entries) times all of few rows.
-template <class E, int Entries>
-inline void few_rows(const ProjectArgs& a, std::int64_t entry, Candidates& c) {
-  static constexpr decltype(&tile_few<E, 1, Entries>) kTiles[kFewTile] = {
-      tile_few<E, 1, Entries>, tile_few<E, 2, Entries>, tile_few<E, 3, Entries>, tile_few<E, 4, Entries>};
-  const auto* matrix = static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride;
-  const auto* x = reinterpret_cast<const float*>(a.packed);
-  const std::int64_t padded = round_up(a.depth, kStep);
-  float sums[kFewTile * Entries];
-  for (std::int64_t row = 0; row < a.rows; row += kFewTile) {
-    const std::int64_t rows = min64(kFewTile, a.rows - row);
-    kTiles[rows - 1](x + row * padded, padded, matrix, a.matrix.stride, a.depth, sums);
-    for (std::int64_t r = 0; r < rows; ++r)
-      for (int e = 0; e < Entries; ++e) {
-        const float sum = sums[r * Entries + e];
-        if (!(sum <= c.thresholds[row + r])) offer(c, row + r, entry + e, sum);
+  void run_tile(std::int64_t entry, std::int64_t end, std::int64_t chunk_end) {
+    const std::int64_t groups = (end - entry + Group - 1) / Group;
+    for (std::int64_t begin = 0; begin < a_.depth || begin == 0; begin += block_, slot_ += groups) {
+      const std::int64_t depth = min64(block_, a_.depth - begin);
+      const bool last = begin + block_ >= a_.depth;
+      const float* x = reinterpret_cast<const float*>(a_.packed) + begin * kPanel;
+      float* sums = w_.sums;
+      for (std::int64_t row = 0; row < a_.rows; row += kPanel, x += padded_ * kPanel, sums += kEntries * kPanel) {
+        const std::int64_t rows = min64(kPanel, a_.rows - row);
+        for (std::int64_t g = 0; g < groups; ++g) {
+          float* const out = sums + g * Group * kPanel;
+          if (row > 0) {
+            multiply(x, rows, slot_ + g, depth, begin, Idle{}, out);
+            continue;
+          }
+          const Source<E> next = g + 1 < groups ? source(entry + (g + 1) * Group, end, begin)
+                                 : !last        ? source(entry, end, begin + block_)
+                                                : source(end, min64(end + kEntries, chunk_end), 0);
+          const auto* ahead = last ? at(end + g * Group, 0) : at(entry + g * Group, begin + block_);
+          multiply_first(x, rows, slot_ + g, depth, begin, next, ahead, out);
+        }
+        if (last) select<Vecs>(sums, entry, end - entry, row, rows, c_);
       }
+    }
   }
-}
+
+  // Products with the first panel of rows; converts the next source.
+  void multiply_first(const float* x, std::int64_t rows, std::int64_t slot, std::int64_t depth, std::int64_t begin,
+                      const Source<E>& next, const typename E::T* ahead, float* sums) const {
+    float* const to = w_.slot(slot + 1);
+    const std::int64_t whole = round_up(depth, kStep);
+    if (next.rows == Group && next.depth >= whole) {
+      const std::int64_t distance = reinterpret_cast<const char*>(ahead) - reinterpret_cast<const char*>(next.at);
+      multiply(x, rows, slot, depth, begin, Converter<E, Group>{next.at, a_.matrix.stride, distance, to}, sums);
+      convert(next, whole, to);
+    } else {
+      multiply(x, rows, slot, depth, begin, Idle{}, sums);
+      convert(next, 0, to);
+    }
+  }
+
+  const ProjectArgs& a_;
+  Candidates& c_;
+  Workspace<Group, Vecs> w_;
+  std::int64_t block_, padded_;
+  std::int64_t slot_ = 0;  // of the first group of a block
+};
 
 template <int Group, int Vecs>
 void run(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates& c) {
   constexpr int kFewEntries = kWidth >= 16 ? 4 : 2;
-  const Workspace<Group, Vecs> workspace(scratch);
   with_type(a.matrix.dtype, [&](auto element) {
     using E = decltype(element);
-    if (a.rows > kFewRows) {
-      for (; begin < end; begin += kEntries) run_tile<E>(a, begin, min64(kEntries, end - begin), workspace, c);
-      return;
-    }
+    if (a.rows > kFewRows) return ManyRows<E, Group, Vecs>(a, scratch, c).run(begin, end);
     for (; begin + kFewEntries <= end; begin += kFewEntries) few_rows<E, kFewEntries>(a, begin, c);
     for (; begin < end; ++begin) few_rows<E, 1>(a, begin, c);
   });

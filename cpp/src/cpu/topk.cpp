@@ -25,7 +25,62 @@ constexpr std::int64_t kMergeGrain = 4096;    // keys worth a second thread
 constexpr std::int64_t kTilesPerChunk = 8;    // at most: neighbouring tiles are read ahead
 constexpr std::int64_t kChunksPerThread = 8;  // at least, where there are so many tiles
 
+constexpr std::int64_t kSlack = 8;     // a cut may leave one eighth more keys than asked for
+constexpr std::int64_t kFewKeys = 24;  // that std::nth_element handles as well
+constexpr int kMaxRounds = 32;         // before std::nth_element takes over: it has no bad cases
+
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+Key* median(Key* a, Key* b, Key* c) {
+  if (*a > *b) std::swap(a, b);
+  return *c < *a ? a : *c < *b ? c : b;
+}
+
+// Median of the medians of three times three keys.
+Key* choose_pivot(Key* keys, std::int64_t size) {
+  const std::int64_t step = size / 9;
+  Key* medians[3];
+  for (Key*& m : medians) {
+    m = median(keys, keys + step, keys + 2 * step);
+    keys += 3 * step;
+  }
+  return median(medians[0], medians[1], medians[2]);
+}
+
+// Moves keys above the last one to the front and the last one behind them; returns their number. No branch depends on
+// a key: they are in random order.
+std::int64_t partition(Key* keys, std::int64_t size) {
+  const Key pivot = keys[size - 1];
+  std::int64_t above = 0;
+  for (std::int64_t i = 0; i < size - 1; ++i) {
+    const Key key = keys[i];
+    keys[i] = keys[above];
+    keys[above] = key;
+    above += key > pivot;
+  }
+  std::swap(keys[above], keys[size - 1]);
+  return above;
+}
+
+// Brings the best keys to the front, from `wanted` to `wanted + slack` of them with the least one last; returns their
+// number.
+std::int64_t partition_best(Key* keys, std::int64_t size, std::int64_t wanted, std::int64_t slack) {
+  std::int64_t begin = 0, end = size;
+  for (int round = 0; round < kMaxRounds && end - begin > kFewKeys; ++round) {
+    std::swap(*choose_pivot(keys + begin, end - begin), keys[end - 1]);
+    const std::int64_t above = begin + partition(keys + begin, end - begin);
+    const std::int64_t kept = above + 1;
+    if (kept > wanted + slack) {
+      end = above;
+    } else if (kept < wanted) {
+      begin = kept;
+    } else {
+      return kept;
+    }
+  }
+  std::nth_element(keys + begin, keys + wanted - 1, keys + end, std::greater<>());
+  return wanted;
+}
 
 // The candidates of one thread with their memory.
 class Finder {
@@ -113,7 +168,7 @@ void merge(const Problem& p, std::vector<Finder>& finders, float* values, std::i
         keys.insert(keys.end(), row, row + c.counts[begin]);
       }
       const auto best = keys.begin() + static_cast<std::ptrdiff_t>(p.k);
-      if (best != keys.end()) std::nth_element(keys.begin(), best, keys.end(), std::greater<>());
+      if (best != keys.end()) partition_best(keys.data(), static_cast<std::int64_t>(keys.size()), p.k, 0);
       std::sort(keys.begin(), best, std::greater<>());
       const std::int64_t at = (p.first_row + begin) * p.k;
       std::transform(keys.begin(), best, values + at, value_of);
@@ -128,9 +183,8 @@ void cut_to_best(Candidates& c, std::int64_t row) {
   std::int32_t& count = c.counts[row];
   if (count <= c.k) return;
   Key* keys = c.keys + row * c.capacity;
-  std::nth_element(keys, keys + c.k - 1, keys + count, std::greater<>());
-  count = static_cast<std::int32_t>(c.k);
-  c.thresholds[row] = value_of(keys[c.k - 1]);
+  count = static_cast<std::int32_t>(partition_best(keys, count, c.k, c.k / kSlack));
+  c.thresholds[row] = value_of(keys[count - 1]);
 }
 
 void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,

@@ -9,19 +9,19 @@ namespace qtale::cpu {
 // A product and its entry in one integer: the better the greater, and of equal values the smaller entry is the greater.
 using Key = std::uint64_t;
 
-// Views of one thread's memory. A row's keys are cut down to its k best whenever they fill their capacity, so that few
-// products cost more than one comparison with the row's threshold.
+// Views of one thread's memory. A row's keys are cut down to about its k best whenever they fill their capacity, so
+// that few products cost more than one comparison with the row's threshold.
 struct Candidates {
   std::int64_t k;
   std::int64_t capacity;   // keys per row; more than k, or all entries
   Key* keys;               // [rows, capacity]
   std::int32_t* counts;    // [rows]
-  float* thresholds;       // [rows, padded to whole panels]: the k-th best at the last cut, NaN before the first one
+  float* thresholds;       // [rows, padded to whole panels]: the least that the last cut kept, NaN before the first one
   std::int64_t first_nan;  // smallest row * 2^31 + entry whose product is NaN
 };
 inline constexpr std::int64_t kNoNan = INT64_MAX;
 
-// Keeps the k best keys of a row and raises its threshold.
+// Keeps the k best keys of a row, or a few more, and raises its threshold to the least of them.
 void cut_to_best(Candidates& c, std::int64_t row);
 
 namespace {

@@ -77,7 +77,8 @@ inline VecF set1(float x) { return _mm256_set1_ps(x); }
 inline VecF add(VecF a, VecF b) { return _mm256_add_ps(a, b); }
 inline VecF sub(VecF a, VecF b) { return _mm256_sub_ps(a, b); }
 inline VecF mul(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
-inline VecF fmadd(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
+// sum += a * b. Spelled out: g++ 12 chooses forms that overwrite a factor and then moves sums between registers.
+inline void accumulate(VecF& sum, VecF a, VecF b) { asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
 // One bit per lane that is not <= its peer: greater, or one of them NaN.
 inline unsigned not_le(VecF a, VecF b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));

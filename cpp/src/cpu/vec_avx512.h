@@ -72,7 +72,8 @@ inline VecF set1(float x) { return _mm512_set1_ps(x); }
 inline VecF add(VecF a, VecF b) { return _mm512_add_ps(a, b); }
 inline VecF sub(VecF a, VecF b) { return _mm512_sub_ps(a, b); }
 inline VecF mul(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
-inline VecF fmadd(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
+// sum += a * b. Spelled out: g++ 12 chooses forms that overwrite a factor and then moves sums between registers.
+inline void accumulate(VecF& sum, VecF a, VecF b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 // One bit per lane that is not <= its peer: greater, or one of them NaN.
 inline unsigned not_le(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 inline VecF max(VecF a, VecF b) { return _mm512_max_ps(a, b); }

@@ -98,8 +98,9 @@ inline VecF sub(VecF a, VecF b) {
 inline VecF mul(VecF a, VecF b) {
   return map_lanes([&](int i) { return a.lane[i] * b.lane[i]; });
 }
-inline VecF fmadd(const VecF& a, const VecF& b, const VecF& c) {
-  return map_lanes([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+// sum += a * b
+inline void accumulate(VecF& sum, const VecF& a, const VecF& b) {
+  for (int i = 0; i < kWidth; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
 }
 // One bit per lane that is not <= its peer: greater, or one of them NaN.
 inline unsigned not_le(const VecF& a, const VecF& b) {

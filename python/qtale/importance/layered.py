@@ -53,6 +53,12 @@ class LayeredModel:
         self._matrix = self._stored(self._embed_name)
         self._read_surroundings()
 
+    def close(self) -> None:
+        """Free what the model holds; without it that waits for Python's collector of cycles."""
+        for layer in self._layers:
+            layer.forward = None
+        self._memory.clear()
+
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,13 @@ def measure_tokens(
     count, length = tokens.shape
     options = dataclasses.replace(options or MeasureOptions(), num_sequences=count, seq_len=length)
     folder = open_folder(model)
-    layered = LayeredModel(folder)
-    _check_fit(tokens, options, layered)
     where = None if resume is None else Path(resume).expanduser()
-    identity = {"fingerprint": fingerprint(folder), **_described(folder, layered)}
     source = {**(data or {}), "fingerprint": hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()}
-    key = {"model": identity["fingerprint"], "data": source["fingerprint"], "settings": options.to_json()}
     with ExitStack() as stack:
+        layered = stack.enter_context(closing(LayeredModel(folder)))
+        _check_fit(tokens, options, layered)
+        identity = _identity(folder, layered)
+        key = {"model": identity["fingerprint"], "data": source["fingerprint"], "settings": options.to_json()}
         stack.enter_context(claimed(where))
         journal = Journal(where, key)
         nbytes = _state_bytes(layered, options)
@@ -97,8 +97,9 @@ def _check_fit(tokens: Tokens, options: MeasureOptions, layered: LayeredModel) -
         )
 
 
-def _described(folder: ModelFolder, layered: LayeredModel) -> dict[str, Any]:
+def _identity(folder: ModelFolder, layered: LayeredModel) -> dict[str, Any]:
     return {
+        "fingerprint": fingerprint(folder),
         "path": str(folder.path),
         "model_type": str(folder.config.get("model_type")),
         "num_layers": layered.num_layers,

@@ -47,7 +47,7 @@ class MeasureOptions:
     num_sequences: int = 32
     seq_len: int = 512
     seed: int = 0
-    top_k: int = 100
+    top_k: int = 500
     matrix: str = "embed"
     norm: str = "none"
     positions: str = "last"
@@ -59,6 +59,7 @@ class MeasureOptions:
     noise: float = 0.1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", tuple(self.metrics))
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown or not self.metrics:
             asked = ", ".join(map(repr, unknown)) or "nothing"
