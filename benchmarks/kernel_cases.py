@@ -69,6 +69,11 @@ KERNELS = (
 )
 
 
+def target_of(targets: dict[str, float]) -> float | None:
+    """The share to reach with the kernels in use; BF16 changes nothing but the float mode of AVX-512."""
+    return targets.get(_core.cpu_isa().removesuffix("_bf16")) if _core.num_threads() == 1 else None
+
+
 class Weights:
     """Equal prepacked matrices in huge pages, one behind the other: as many as fill ``size`` bytes, two at least."""
 
@@ -147,7 +152,7 @@ def decode(weights: Weights, sizes: Sizes) -> Row:
     rates = [quiet_median(partial(weights.read_rate, i), max(1, sizes.repeats // 3)) for i in range(len(names))]
     chosen = sorted(range(len(names)), key=rates.__getitem__)[-2:]
     result = paired(weights.decode_rate, [partial(weights.read_rate, i) for i in chosen], sizes.repeats)
-    target = weights.kernel.decode.get(_core.cpu_isa()) if _core.num_threads() == 1 else None
+    target = target_of(weights.kernel.decode)
     return make_row(
         f"decode {weights.kernel.name}", "B/s", result, f"read, {names[chosen[result.best]]}", target, rows=1
     )
@@ -157,7 +162,7 @@ def prefill(weights: Weights, sizes: Sizes) -> Row:
     """Many rows: a share of the integer dot peak."""
     peak = partial(_core.measure_peak, "int8_dot", sizes.peak_seconds)
     result = paired(partial(weights.prefill_rate, sizes.prefill), [peak], sizes.repeats)
-    target = (weights.kernel.prefill or {}).get(_core.cpu_isa()) if _core.num_threads() == 1 else None
+    target = target_of(weights.kernel.prefill or {})
     name = f"prefill {weights.kernel.name}"
     return make_row(name, "op/s", result, "int8 dot peak", target, rows=sizes.prefill)
 

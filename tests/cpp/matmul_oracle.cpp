@@ -97,7 +97,7 @@ Expected expect(const Weight& w, const Activations& x, Compute compute, const st
   Expected out{n, std::vector<double>(x.rows * n), std::vector<double>(x.rows * n)};
   const bool int8 = compute == Compute::int8;
   const Rounded rounded = int8 ? round_activations(x) : Rounded{};
-  const double roundings = int8 ? static_cast<double>(x.k) / 32 + 8 : static_cast<double>(x.k) + 8;
+  const double roundings = int8 ? static_cast<double>(x.k) / 32 + 8 : static_cast<double>(x.k) + 56;
   for (std::int64_t m = 0; m < x.rows; ++m) {
     for (std::int64_t o = 0; o < n; ++o) {
       double y = 0.0, magnitude = 0.0;

@@ -10,8 +10,10 @@ namespace qtale {
 // How qmatmul multiplies.
 //   int8:  activations are rounded to 8 bits per row and group of 128 inputs:
 //          |y - y_exact| <= sum_k |w_k| * s(k) / 2 with s = amax(group) / 127, plus float32 rounding.
-//   float: activations as they are, products of unsigned codes summed in float32:
-//          |y - y_exact| <= (in + 8) * 2^-24 * sum_k (|code_k| + |zero_point| + 2^b) * scale * max(|x_k|, 2^-96).
+//   float: activations as they are up to the 17th significant bit, products of unsigned codes summed in float32:
+//          |y - y_exact| <= (in + 56) * 2^-24 * sum_k (|code_k| + |zero_point| + 2^b) * scale * max(|x_k|, 2^-96).
+//          float32 activations are exact but for two cases: with AVX-512 BF16 up to three rows count as sums of two
+//          bf16 numbers; AVX2 keeps them to 2^-24 of the largest of 128, and a row with inf or NaN comes out as NaN.
 // Rounding to the dtype of y comes on top.
 enum class Compute : std::uint8_t { int8, floating };
 

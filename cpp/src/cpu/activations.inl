@@ -1,7 +1,11 @@
 // Activations as the int8 kernels read them: rows of codes, one scale per 128 inputs, one sum per weight block.
 #pragma once
 
-#include "cpu/quantize.inl"
+#include <cfloat>
+#include <cstring>
+
+#include "cpu/elements.inl"
+#include "cpu/kernels.h"
 
 namespace qtale::cpu {
 namespace {
@@ -91,9 +95,10 @@ inline void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int6
   });
 }
 
-// Rows of the next tile. Two even tiles instead of a full one and a thin rest, which would run at half its speed.
+// Rows of the next tile: as few tiles as will do, as even as they can be, since a thin one runs at half the speed.
 inline std::int64_t next_tile(std::int64_t rest, std::int64_t tile) {
-  return rest > tile && rest < 2 * tile ? (rest + 1) / 2 : min64(rest, tile);
+  const std::int64_t tiles = (rest + tile - 1) / tile;
+  return (rest + tiles - 1) / tiles;
 }
 
 // Writes `count` finished float32 outputs of one row, with bias, in the dtype of y.

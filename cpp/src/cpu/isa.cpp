@@ -11,6 +11,18 @@ namespace qtale {
 namespace cpu {
 namespace {
 
+#ifdef QTALE_X86
+const KernelTable& avx512_bf16_table() {
+  static const KernelTable table = [] {
+    KernelTable same = avx512_table;
+    same.name = "avx512_bf16";
+    same.floating = avx512_bf16_float_table;
+    return same;
+  }();
+  return table;
+}
+#endif
+
 std::vector<const KernelTable*> find_tables() {
   std::vector<const KernelTable*> tables{&reference_table, &generic_table};
 #ifdef QTALE_X86
@@ -21,6 +33,7 @@ std::vector<const KernelTable*> find_tables() {
                       __builtin_cpu_supports("avx512vnni");
   if (avx2) tables.push_back(&avx2_table);
   if (avx512) tables.push_back(&avx512_table);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_table());
 #endif
   return tables;
 }

@@ -125,6 +125,7 @@ extern const KernelTable generic_table;
 #ifdef QTALE_X86
 extern const KernelTable avx2_table;
 extern const KernelTable avx512_table;
+extern const MatmulKernel avx512_bf16_float_table;  // in place of the float one where the CPU has BF16
 #endif
 
 }  // namespace qtale::cpu

@@ -3,6 +3,7 @@
 
 #include "cpu/matmul_avx2.inl"
 #include "cpu/project.inl"
+#include "cpu/quantize.inl"
 
 namespace qtale::cpu {
 

@@ -4,6 +4,7 @@
 #include "cpu/matmul_avx512.inl"
 #include "cpu/matmul_avx512_float.inl"
 #include "cpu/project.inl"
+#include "cpu/quantize.inl"
 
 namespace qtale::cpu {
 
@@ -13,7 +14,7 @@ const KernelTable avx512_table = {
     quantize_rows,
     dequantize_rows,
     fake_quantize_rows,
-    {int8_rows_bytes, prepare_int8_rows, run_int8, kTile, 88 * kTile},
+    {int8_rows_bytes, prepare_int8_rows, run_int8, kMaxTile, 88 * kMaxTile},
     {float_rows_bytes, prepare_float_positions, run_float, kFloatTile, 66 * kFloatTile},
     projection::kernel<12, 2>,
     jaccard_by_sorting,

@@ -3,6 +3,7 @@
 
 #include "cpu/matmul_generic.inl"
 #include "cpu/project.inl"
+#include "cpu/quantize.inl"
 
 namespace qtale::cpu {
 

@@ -27,7 +27,6 @@ void store_word(std::uint8_t* p, std::uint32_t word) { std::memcpy(p, &word, siz
 template <int Bits, int Rows>
 struct Format {
   static constexpr std::uint32_t kOffset = Bits == 8 && Rows == 16 ? 0 : 1u << (Bits - 1);
-  static constexpr bool kBitPlane = Bits == 3 && Rows == 64;  // the high bits lie apart, four to a row and quad
   static constexpr std::int64_t kLine = Rows * 4;
 
   // Calls fn(byte offset of the row's word, bit, bit count, first bit of the value) for each piece in whole words.
@@ -41,18 +40,12 @@ struct Format {
       fn(q / 2 * kLine + lane, part % 2 * 4, 4, 0);
     } else if constexpr (Bits == 2) {
       fn(q / 4 * kLine + lane, part % 4 * 2, 2, 0);
-    } else if constexpr (kBitPlane) {
-      fn(q / 4 * (kLine + kLine / 2) + lane, part % 4 * 2, 2, 0);
     } else {
       const std::int64_t at = q / 8 * 3 * kLine + lane;
       if (part < 6) return fn(at + part / 2 * kLine, part % 2 * 3, 3, 0);
       fn(at + (part - 6) * kLine, 6, 2, 0);
       fn(at + 2 * kLine, part, 1, 2);
     }
-  }
-  // The byte that holds a quad's high bits, those of odd rows in its upper half.
-  static std::int64_t plane_byte(std::int64_t row, std::int64_t q) {
-    return q / 4 * (kLine + kLine / 2) + kLine + q % 4 * (kLine / 8) + row / 2;
   }
 
   static void put(std::uint8_t* block, std::int64_t row, std::int64_t q, std::uint32_t codes) {
@@ -61,11 +54,6 @@ struct Format {
       const std::uint32_t piece = (value >> first) & (((1u << count) - 1u) * kEach);
       store_word(block + byte, load_word(block + byte) | (piece << bit));
     });
-    if constexpr (kBitPlane) {
-      const std::uint32_t high = ((value >> 2) & kEach) * 0x10204080u >> 28;  // bit 8j to bit j
-      std::uint8_t& byte = block[plane_byte(row, q)];
-      byte = static_cast<std::uint8_t>(byte | high << (row % 2 * 4));
-    }
   }
 
   static std::uint32_t get(const std::uint8_t* block, std::int64_t row, std::int64_t q) {
@@ -73,10 +61,6 @@ struct Format {
     for_each_piece(row, q, [&](std::int64_t byte, int bit, int count, int first) {
       value |= ((load_word(block + byte) >> bit) & (((1u << count) - 1u) * kEach)) << first;
     });
-    if constexpr (kBitPlane) {
-      const std::uint32_t high = (block[plane_byte(row, q)] >> (row % 2 * 4)) & 15u;
-      value |= (high * 0x00204081u & kEach) << 2;  // bit j to bit 8j
-    }
     if constexpr (Bits == 8) return value ^ (kOffset * kEach);
     return ((value | (0x80u * kEach)) - kOffset * kEach) ^ (0x80u * kEach);  // four subtractions without borrow
   }

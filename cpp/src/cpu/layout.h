@@ -7,11 +7,9 @@
 //   8 bits: [k/4][R][4] bytes; code + 128 in 64-row panels, the signed code in 16-row panels.
 //   4 bits: [k/8][R][4] bytes; low nibble k = 8s + j, high nibble k = 8s + 4 + j, value code + 8.
 //   2 bits: [k/16][R][4] bytes; field f (bits 2f, 2f+1) is k = 16s + 4f + j, value code + 2.
-//   3 bits, value code + 4, R = 64: per 16 k the two low bits as above, then 4 fields x R*4 bits: bit 4r + j of
-//           field f is the high bit of k = 16s + 4f + j.
-//   3 bits, R = 16: per 32 k three lines [R][4]. Line t holds k = 32s + 8t + j in its bits 0-2 and 4 later in bits 3-5.
-//           Bits 6-7 of lines 0 and 1 are the low bits of k = 32s + 24 + j and 32s + 28 + j; their high bits are bits 6
-//           and 7 of line 2. Six of eight registers then unpack with a shift and a mask.
+//   3 bits: per 32 k three lines [R][4], value code + 4. Line t holds k = 32s + 8t + j in its bits 0-2 and 4 later in
+//           bits 3-5. Bits 6-7 of lines 0 and 1 are the low bits of k = 32s + 24 + j and 32s + 28 + j; their high bits
+//           are bits 6 and 7 of line 2. Six of eight registers then unpack with a shift and a mask.
 #pragma once
 
 #include <cstddef>

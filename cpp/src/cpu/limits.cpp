@@ -20,7 +20,7 @@ constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
 
 const cpu::LimitTable& limits() {
 #ifdef QTALE_X86
-  if (&cpu::kernels() == &cpu::avx512_table) return cpu::avx512_limits;
+  if (cpu::kernels().panel_rows == cpu::avx512_table.panel_rows) return cpu::avx512_limits;
   if (&cpu::kernels() == &cpu::avx2_table) return cpu::avx2_limits;
 #endif
   return cpu::generic_limits;

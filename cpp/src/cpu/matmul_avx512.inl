@@ -1,79 +1,9 @@
 // int8 qmatmul on AVX-512 VNNI over 64-row panels: unsigned codes against broadcast signed activations.
 // Four registers hold one input quad of 64 rows; a tile of up to six activation rows reuses each unpacked register.
-#include <immintrin.h>
-
-#include "cpu/activations.inl"
-#include "cpu/tiles_avx512.inl"
-#include "cpu/unroll.h"
+#include "cpu/codes_avx512.inl"
 
 namespace qtale::cpu {
 namespace {
-
-constexpr int kVecs = 4;  // registers of 16 rows
-constexpr int kTile = 6;  // activation rows: 24 accumulators leave room for the weights
-
-QTALE_INLINE __m512i load_line(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
-QTALE_INLINE __m512i broadcast4(const std::int8_t* p) {
-  std::int32_t word;
-  std::memcpy(&word, p, sizeof word);
-  return _mm512_set1_epi32(word);
-}
-
-// How the codes of `kInputs` inputs lie in `kBytes` bytes, read as `kFields` registers of 4 inputs per row quarter.
-template <int Bits>
-struct Codes;
-template <>
-struct Codes<8> {
-  static constexpr int kInputs = 4, kFields = 1, kBytes = 256, kOffset = 128;
-  template <int Field>
-  QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
-    return load_line(w + 64 * p);
-  }
-};
-template <>
-struct Codes<4> {
-  static constexpr int kInputs = 8, kFields = 2, kBytes = 256, kOffset = 8;
-  template <int Field>
-  QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
-    const __m512i line = load_line(w + 64 * p);
-    return _mm512_and_si512(Field ? _mm512_srli_epi32(line, 4) : line, _mm512_set1_epi8(15));
-  }
-};
-template <>
-struct Codes<2> {
-  static constexpr int kInputs = 16, kFields = 4, kBytes = 256, kOffset = 2;
-  template <int Field>
-  QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
-    const __m512i line = load_line(w + 64 * p);
-    return _mm512_and_si512(Field ? _mm512_srli_epi32(line, 2 * Field) : line, _mm512_set1_epi8(3));
-  }
-};
-template <>
-struct Codes<3> {
-  static constexpr int kInputs = 16, kFields = 4, kBytes = 384, kOffset = 4;
-  template <int Field>
-  QTALE_INLINE static __m512i get(const std::uint8_t* w, int p) {
-    const __m512i low = Codes<2>::get<Field>(w, p);
-    std::uint64_t high;
-    std::memcpy(&high, w + 256 + 8 * (4 * Field + p), sizeof high);
-    return _mm512_mask_add_epi8(low, _cvtu64_mask64(high), low, _mm512_set1_epi8(4));
-  }
-};
-
-QTALE_INLINE void load_scales(__m512 (&out)[kVecs], const std::uint8_t* p, DType dtype) {
-  const auto* half = reinterpret_cast<const std::uint16_t*>(p);
-  if (dtype == DType::f16) {
-    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_f16(half + 16 * v); });
-  } else if (dtype == DType::bf16) {
-    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_bf16(half + 16 * v); });
-  } else {
-    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_f32(reinterpret_cast<const float*>(p) + 16 * v); });
-  }
-}
-
-QTALE_INLINE __m512i load_zeros(const std::uint8_t* p, int v) {
-  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * v)));
-}
 
 // (sum - (offset + zero point) * activation total) * scale, for matrices with one scale per row.
 inline void finish_channel(const Layout& l, const std::uint8_t* panel, const float* totals, std::int64_t rows,
@@ -100,20 +30,12 @@ struct TileIn {
   Prefetch prefetch;
 };
 
-template <int Bytes>
-QTALE_INLINE void prefetch_step(const std::uint8_t* w, Prefetch prefetch) {
-  unroll<Bytes / 64>([&](auto line) QTALE_INLINE_LAMBDA {
-    const std::int64_t ahead = line < Bytes / 128 ? prefetch.low : prefetch.high;
-    _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * line, _MM_HINT_T0);
-  });
-}
-
 template <int Bits, int M>
 QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda,
                                 Prefetch prefetch) {
   using C = Codes<Bits>;
-  prefetch_step<C::kBytes>(w, prefetch);
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
+    prefetch_part_of_step<C, field>(w, prefetch);
     __m512i code[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { code[p] = C::template get<field>(w, p); });
     unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
@@ -122,9 +44,6 @@ QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w,
     });
   });
 }
-
-// Group 0 finds no earlier sums in the output.
-QTALE_INLINE __mmask16 keep_of(std::int64_t group) { return static_cast<__mmask16>(group == 0 ? 0 : 0xffff); }
 
 // What happens to the int32 sums of one block: an activation group is one block or several, whose scaled sums meet in
 // `part` before the activation scale is applied once.
@@ -236,10 +155,10 @@ using TileFn = void (*)(const Layout&, const std::uint8_t*, TileIn, Span, float*
 
 template <int Bits>
 TileFn tile_of_rows(std::int64_t rows, bool per_channel) {
-  static constexpr TileFn kGrouped[kTile] = {tile_grouped<Bits, 1>, tile_grouped<Bits, 2>, tile_grouped<Bits, 3>,
-                                             tile_grouped<Bits, 4>, tile_grouped<Bits, 5>, tile_grouped<Bits, 6>};
-  static constexpr TileFn kChannel[kTile] = {tile_channel<Bits, 1>, tile_channel<Bits, 2>, tile_channel<Bits, 3>,
-                                             tile_channel<Bits, 4>, tile_channel<Bits, 5>, tile_channel<Bits, 6>};
+  static constexpr TileFn kGrouped[kMaxTile] = {tile_grouped<Bits, 1>, tile_grouped<Bits, 2>, tile_grouped<Bits, 3>,
+                                                tile_grouped<Bits, 4>, tile_grouped<Bits, 5>, tile_grouped<Bits, 6>};
+  static constexpr TileFn kChannel[kMaxTile] = {tile_channel<Bits, 1>, tile_channel<Bits, 2>, tile_channel<Bits, 3>,
+                                                tile_channel<Bits, 4>, tile_channel<Bits, 5>, tile_channel<Bits, 6>};
   return (per_channel ? kChannel : kGrouped)[rows - 1];
 }
 
@@ -264,7 +183,9 @@ void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
   const auto finish = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, float* out) {
     if (l.per_channel) finish_channel(l, a.panels + panel * l.panel_bytes, acts.totals + m, rows, out);
   };
-  run_tiles<kTile>(a, {panel_begin, panel_end}, {row_begin, row_end}, l.act_groups, tile, finish);
+  // Small blocks scale their sums so often that a register less of them per weight costs little and helps to overlap.
+  const int tile_rows = l.block_k < kActGroup ? kMaxTile - 1 : kMaxTile;
+  run_tiles(a, {panel_begin, panel_end}, {row_begin, row_end}, l.act_groups, tile_rows, tile, finish);
 }
 
 }  // namespace

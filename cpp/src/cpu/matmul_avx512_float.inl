@@ -7,7 +7,7 @@
 namespace qtale::cpu {
 namespace {
 
-constexpr int kFloatTile = 4;  // activation rows
+constexpr int kFloatTile = 5;  // activation rows
 
 // Bits of 2 and 4 are masked out of their line, others out of the bytes that Codes::get makes.
 template <int Bits>
@@ -33,8 +33,8 @@ template <int Bits, int M>
 QTALE_INLINE void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x, std::int64_t ldx,
                                       Prefetch prefetch) {
   using C = Codes<Bits>;
-  prefetch_step<C::kBytes>(w, prefetch);
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
+    prefetch_part_of_step<C, field>(w, prefetch);
     __m512i line[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
       line[p] = kInPlace<Bits> ? load_line(w + 64 * p) : C::template get<field>(w, p);
@@ -113,7 +113,7 @@ using FloatTileFn = void (*)(const Layout&, const std::uint8_t*, const float*, c
 template <int Bits>
 FloatTileFn float_tile_of_rows(std::int64_t rows) {
   static constexpr FloatTileFn kTiles[kFloatTile] = {tile_float<Bits, 1>, tile_float<Bits, 2>, tile_float<Bits, 3>,
-                                                     tile_float<Bits, 4>};
+                                                     tile_float<Bits, 4>, tile_float<Bits, 5>};
   return kTiles[rows - 1];
 }
 
@@ -135,7 +135,7 @@ void run_float(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel
     pick_float_tile(l.num_bits, rows)(l, a.panels + panel * l.panel_bytes, acts.values + m * l.k_padded,
                                       acts.sums + m * l.blocks, blocks, prefetch, out);
   };
-  run_tiles<kFloatTile>(a, {panel_begin, panel_end}, {row_begin, row_end}, l.blocks, tile, [](auto&&...) {});
+  run_tiles(a, {panel_begin, panel_end}, {row_begin, row_end}, l.blocks, kFloatTile, tile, [](auto&&...) {});
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kRows = 64;
 constexpr std::int64_t kFewRows = 24;
+constexpr int kMaxTile = 6;  // activation rows of a tile: 24 accumulators leave room for the weights
 
 // Part of a range: panels, rows or activation groups.
 struct Span {
@@ -20,14 +21,17 @@ struct Span {
 struct Prefetch {
   std::int64_t low, high;
 };
-constexpr std::int64_t kAhead = 4096;
+constexpr std::int64_t kAhead = 8192;
 constexpr Prefetch kPrefetchAll{kAhead, kAhead};
+constexpr std::int64_t kStretch = 17600;  // bytes of weights that several tiles share: two stretches fit into L1
 
 // Of several tiles over one stretch of weights the first two ask for half of the next one each: asking for all of it in
-// the first tile would fill the line buffers there and leave memory idle in the others.
-inline Prefetch prefetch_share(std::int64_t tile, std::int64_t tiles) {
+// the first tile would fill the line buffers there and leave memory idle in the others. Below 4 bits there is so little
+// to ask for that the first one does it alone.
+inline Prefetch prefetch_share(const Layout& l, std::int64_t tile, std::int64_t tiles, std::int64_t stretch) {
   if (tiles == 1) return kPrefetchAll;
-  return {tile == 0 ? kAhead : 0, tile == 1 ? kAhead : 0};
+  if (l.num_bits < 4) return {tile == 0 ? stretch : 0, tile == 0 ? stretch : 0};
+  return {tile == 0 ? stretch : 0, tile == 1 ? stretch : 0};
 }
 
 // Asks for a part of the next panel while this one is multiplied: its first tile would wait for memory otherwise.
@@ -71,19 +75,21 @@ inline void store_tile(const MatmulArgs& a, std::int64_t panel, std::int64_t m, 
 }
 
 // Few rows: memory is the limit, so all tiles share each stretch of weights while the next one is on its way.
-template <int kTileRows, class Tile, class Finish>
-inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, Tile&& tile,
-                         Finish&& finish) {
+template <class Tile, class Finish>
+inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, std::int64_t tile_rows,
+                         Tile&& tile, Finish&& finish) {
   alignas(64) float out[kFewRows * kRows];
   if (groups == 0) std::memset(out, 0, sizeof out);  // no group begins the sums of a weight without inputs
   const std::int64_t count = rows.end - rows.begin;
-  const std::int64_t tiles = (count + kTileRows - 1) / kTileRows;
-  const std::int64_t step = tiles == 1 ? groups : 1;
+  const std::int64_t tiles = (count + tile_rows - 1) / tile_rows;
+  const std::int64_t group_bytes = groups == 0 ? 1 : a.layout->panel_bytes / groups;
+  const std::int64_t step = tiles == 1 ? groups : group_bytes > kStretch ? 1 : kStretch / group_bytes;
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
     for (std::int64_t g = 0; g < groups; g += step)
       for (std::int64_t m = 0, n = 0, i = 0; m < count; m += n, ++i) {
-        n = next_tile(count - m, kTileRows);
-        tile(panel, rows.begin + m, n, Span{g, g + step}, prefetch_share(i, tiles), out + m * kRows);
+        n = next_tile(count - m, tile_rows);
+        tile(panel, rows.begin + m, n, Span{g, min64(groups, g + step)},
+             prefetch_share(*a.layout, i, tiles, step * group_bytes), out + m * kRows);
       }
     finish(panel, rows.begin, count, out);
     store_tile(a, panel, rows.begin, count, out, false);
@@ -91,19 +97,19 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
 }
 
 // Many rows: each tile runs through the whole panel, which stays in L2.
-template <int kTileRows, class Tile, class Finish>
-inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, Tile&& tile,
-                          Finish&& finish) {
+template <class Tile, class Finish>
+inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, std::int64_t tile_rows,
+                          Tile&& tile, Finish&& finish) {
   const Layout& l = *a.layout;
-  alignas(64) float out[kTileRows * kRows];
+  alignas(64) float out[kMaxTile * kRows];
   if (groups == 0) std::memset(out, 0, sizeof out);
-  const std::int64_t tiles = (rows.end - rows.begin + kTileRows - 1) / kTileRows;
+  const std::int64_t tiles = (rows.end - rows.begin + tile_rows - 1) / tile_rows;
   const bool stream = streams(a.y, a.rows, l.n);
   const std::int64_t part = (l.panel_bytes / tiles + 63) / 64 * 64;
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
     std::int64_t ahead = panel + 1 < l.panels ? 0 : l.panel_bytes;
     for (std::int64_t m = rows.begin, n = 0; m < rows.end; m += n) {
-      n = next_tile(rows.end - m, kTileRows);
+      n = next_tile(rows.end - m, tile_rows);
       const std::int64_t bytes = min64(part, l.panel_bytes - ahead);
       prefetch_part(a.panels + (panel + 1) * l.panel_bytes + ahead, bytes);
       ahead += bytes;
@@ -118,12 +124,13 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
 
 // tile(panel, first row, rows, groups, prefetch, out) adds groups to out [rows][64], which group 0 begins anew;
 // finish(panel, first row, rows, out) ends it.
-template <int kTileRows, class Tile, class Finish>
-inline void run_tiles(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, Tile&& tile, Finish&& finish) {
+template <class Tile, class Finish>
+inline void run_tiles(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, std::int64_t tile_rows,
+                      Tile&& tile, Finish&& finish) {
   if (rows.end - rows.begin <= kFewRows) {
-    run_few_rows<kTileRows>(a, panels, rows, groups, tile, finish);
+    run_few_rows(a, panels, rows, groups, tile_rows, tile, finish);
   } else {
-    run_many_rows<kTileRows>(a, panels, rows, groups, tile, finish);
+    run_many_rows(a, panels, rows, groups, tile_rows, tile, finish);
   }
 }
 
