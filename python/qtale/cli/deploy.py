@@ -71,8 +71,8 @@ def _watch(deployment: Deployment, args: argparse.Namespace) -> None:
 
     logger = logging.getLogger("qtale")
     interval = POLL_SECONDS if args.interval is None else args.interval
-    logger.info("watching the free memory every %g s; Ctrl-C ends it", interval)
     try:
+        logger.info("watching the free memory every %g s; Ctrl-C ends it", interval)
         watch(deployment, interval=interval, changed=lambda report: _print(report, args.json))
     except KeyboardInterrupt:
         logger.info("stopped watching")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ _ROLLUP = Path("/proc/self/smaps_rollup")
 
 def release() -> None:
     """Return freed memory to the system; glibc's allocator keeps it otherwise."""
-    gc.collect()
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
