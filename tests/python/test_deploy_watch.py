@@ -13,7 +13,7 @@ import qtale
 from plan_samples import save_model
 from qtale.deployment import Deployment, DeployReport, Watcher, watch
 from qtale.errors import CheckpointError, InputError
-from qtale.memory import Budget
+from qtale.memory import Budget, Device
 from qtale.planner import Options
 
 OPTIONS = Options(choices=(16, 8, 4, 3), group_size=32, context=32)
@@ -113,6 +113,20 @@ def test_a_change_that_fails_is_logged_and_tried_again(
         assert steps(watcher, 3) == []
     assert caplog.text.count("the model was not changed: model.safetensors: is truncated.") == 1
     assert len(steps(watcher, 1)) == 1
+
+
+def test_a_given_budget_is_a_limit_beside_the_free_memory(dense: Path) -> None:
+    device = Device("cpu", "main memory", PLENTY, PLENTY)
+    deployment = qtale.deploy(dense, SOME, options=OPTIONS, progress=False, probe=lambda: [device])
+    watcher = Watcher(deployment, patience=1)
+    assert steps(watcher, 5) == []
+    device = Device("cpu", "main memory", PLENTY, 0)
+    assert len(steps(watcher, 1)) == 1
+    small = deployment.weights_bytes
+    device = Device("cpu", "main memory", PLENTY, PLENTY)
+    assert len(steps(watcher, 5)) == 1
+    assert deployment.weights_bytes > small
+    assert deployment.needed_bytes <= SOME
 
 
 def test_watch_looks_until_it_is_interrupted(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:

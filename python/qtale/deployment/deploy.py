@@ -15,7 +15,7 @@ from qtale.checkpoint.identity import fingerprint
 from qtale.deployment.change import DeployReport, ModuleChange
 from qtale.deployment.heap import release, resident_bytes
 from qtale.deployment.layers import Specs, bits_of, build_model, make_layer, mark_config, specs_of
-from qtale.deployment.room import Probe, cpu_devices, room
+from qtale.deployment.room import Probe, cpu_devices, room, room_to_follow
 from qtale.errors import CheckpointError, InputError
 from qtale.importance.file import Importance
 from qtale.memory.devices import AUTO, Budget
@@ -77,6 +77,10 @@ class Deployment:
     def room(self) -> Budget:
         """The memory that the model may take now under its budget, what it holds included."""
         return room(self._budget, self.weights_bytes, self._probe)
+
+    def room_to_follow(self) -> Budget:
+        """As :meth:`room`, but where the budget is a size, no more than what is free and what the model holds."""
+        return room_to_follow(self._budget, self.weights_bytes, self._probe)
 
     def replan(self, budget: int | str | None = None, *, plan: Plan | str | Path | None = None) -> DeployReport:
         """Follow a new budget (None: the last one, looked up again) or a given plan, in place.

@@ -25,7 +25,8 @@ class Watcher:
 
     It shrinks at once when the plan no longer fits the room there is, to a plan that leaves ``margin`` of the room; it
     grows only after ``patience`` looks in a row that leave room, beside that margin, for weights larger by ``margin``.
-    So no swing of the free memory within the margin changes anything. ``look`` replaces :meth:`Deployment.room`.
+    So no swing of the free memory within the margin changes anything. ``look`` replaces
+    :meth:`Deployment.room_to_follow`.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Watcher:
                 "are needed."
             )
         self._deployment = deployment
-        self._look = look or deployment.room
+        self._look = look or deployment.room_to_follow
         self._margin = margin
         self._patience = patience
         self._streak = 0
