@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _logger = logging.getLogger("qtale")
+# Freed memory goes back to the system whenever this much was read.
+_RELEASE_BYTES = 8 << 20
 
 
 class Deployment:
@@ -163,9 +165,15 @@ class Deployment:
         old = dict(self._specs)
         done: list[str] = []
         try:
+            handled = 0
             for name in self._bar(sorted(growth, key=lambda name: growth[name])):
                 self._put(folder, name, specs[name])
                 done.append(name)
+                handled += self._shapes[name].stored_bytes
+                # What small pieces leave behind would otherwise pile up until the end.
+                if handled >= _RELEASE_BYTES:
+                    handled = 0
+                    release()
         except BaseException as error:
             self._take_back(folder, done, old, error)
             raise
