@@ -11,6 +11,7 @@ from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
     from qtale import demo, doctor, memory, nn, ops, planner
+    from qtale.deployment.deploy import Deployment, deploy
     from qtale.importance.options import MeasureOptions
     from qtale.integrations.measure import measure
     from qtale.integrations.transformers import load_torch
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 
 # Resolved on first use, so that `import qtale` loads neither torch nor transformers.
 _LAZY = {
+    "Deployment": "qtale.deployment.deploy",
+    "deploy": "qtale.deployment.deploy",
     "quantize": "qtale.ptq.pipeline",
     "load_torch": "qtale.integrations.transformers",
     "measure": "qtale.integrations.measure",
@@ -33,6 +36,7 @@ _LAZY_MODULES = ("demo", "doctor", "memory", "nn", "ops", "planner")
 
 __all__ = [
     "CheckpointError",
+    "Deployment",
     "Error",
     "InputError",
     "MeasureOptions",
@@ -40,6 +44,7 @@ __all__ = [
     "QuantSpec",
     "UnsupportedError",
     "demo",
+    "deploy",
     "doctor",
     "inspect",
     "load_torch",

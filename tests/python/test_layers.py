@@ -17,7 +17,7 @@ LEVELS = (
     {"checkpoint", "format", "nn"},
     {"importance", "planner", "memory", "ptq", "routing", "qat"},
     {"engine"},
-    {"integrations", "report", "demo"},
+    {"integrations", "deployment", "report", "demo"},
     {"cli", "eval", "doctor", "__main__"},
 )
 LEVEL = {name: level for level, members in enumerate(LEVELS) for name in members}

@@ -2,8 +2,8 @@
 #include "cpu/vec_avx2.h"
 
 #include "cpu/matmul_avx2.inl"
-#include "cpu/quantize.inl"
 #include "cpu/project.inl"
+#include "cpu/quantize.inl"
 
 namespace qtale::cpu {
 

@@ -3,8 +3,8 @@
 
 #include "cpu/matmul_avx512.inl"
 #include "cpu/matmul_avx512_float.inl"
-#include "cpu/quantize.inl"
 #include "cpu/project.inl"
+#include "cpu/quantize.inl"
 
 namespace qtale::cpu {
 

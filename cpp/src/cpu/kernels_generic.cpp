@@ -2,8 +2,8 @@
 #include "cpu/vec_generic.h"
 
 #include "cpu/matmul_generic.inl"
-#include "cpu/quantize.inl"
 #include "cpu/project.inl"
+#include "cpu/quantize.inl"
 
 namespace qtale::cpu {
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,11 +51,11 @@ def load_torch(
     packed = packed_modules(folder)
     if not packed:
         return _load_dense(folder, dtype)
-    model = _build(folder, _chosen_dtype(folder, dtype))
+    model = build_empty(folder, chosen_dtype(folder, dtype))
     _insert_packed(model, folder, packed, compute)
-    _read_dense_tensors(model, folder, packed)
+    read_dense_tensors(model, folder, packed)
     model.tie_weights()
-    _check_complete(model, folder)
+    check_complete(model, folder)
     model.config.quantization_config = dict(folder.config["quantization_config"])
     return model.eval()
 
@@ -134,7 +135,8 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def _chosen_dtype(folder: ModelFolder, dtype: torch.dtype | str | None) -> torch.dtype:
+def chosen_dtype(folder: ModelFolder, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype asked for, else the one that the folder was stored in; InputError for one that is not supported."""
     if dtype is not None and dtype != "auto":
         return _torch_dtype(dtype)
     stored = folder.config.get("dtype") or folder.config.get("torch_dtype")
@@ -144,7 +146,7 @@ def _chosen_dtype(folder: ModelFolder, dtype: torch.dtype | str | None) -> torch
 def _load_dense(folder: ModelFolder, dtype: torch.dtype | str | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    config, chosen = decoder_config(folder, "load_torch"), _chosen_dtype(folder, dtype)
+    config, chosen = decoder_config(folder, "load_torch"), chosen_dtype(folder, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder.path, config=config, dtype=chosen, use_safetensors=True, local_files_only=True
@@ -154,7 +156,11 @@ def _load_dense(folder: ModelFolder, dtype: torch.dtype | str | None) -> PreTrai
     return model
 
 
-def _build(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+def build_empty(folder: ModelFolder, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device; buffers, which no file holds, are computed as usual.
+
+    Raises UnsupportedError for what transformers has no causal language model for.
+    """
     config = decoder_config(folder, "load_torch")
     # transformers must not start its own decompression; the caller puts the entry back.
     if hasattr(config, "quantization_config"):
@@ -193,11 +199,16 @@ def _insert_packed(model: PreTrainedModel, folder: ModelFolder, packed: dict[str
             raise UnsupportedError(f"{folder.path}: its packed tensors do not fit the model: {error}") from error
 
 
-def _read_dense_tensors(model: PreTrainedModel, folder: ModelFolder, packed: dict[str, PackedModule]) -> None:
+def read_dense_tensors(model: PreTrainedModel, folder: ModelFolder, packed: Container[str]) -> None:
+    """Give an empty model its tensors from disk, one at a time, but for those of the modules named in ``packed``.
+
+    Raises UnsupportedError for tensors that the model has no place for, CheckpointError for wrong shapes.
+    """
     targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for shard in folder.shards:
         for name in shard.tensors:
-            if names.module_of(name) in packed:
+            # Old Llama folders store what is a computed buffer today.
+            if names.module_of(name) in packed or name.endswith("rotary_emb.inv_freq"):
                 continue
             if name not in targets:
                 raise UnsupportedError(
@@ -223,7 +234,8 @@ def _assign(model: PreTrainedModel, name: str, target: torch.Tensor, folder: Mod
     )
 
 
-def _check_complete(model: PreTrainedModel, folder: ModelFolder) -> None:
+def check_complete(model: PreTrainedModel, folder: ModelFolder) -> None:
+    """Raise CheckpointError where parameters have got no values."""
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

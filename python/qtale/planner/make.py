@@ -18,7 +18,7 @@ from qtale.planner import solve
 from qtale.planner.expected import ExpectedLoss
 from qtale.planner.options import Options
 from qtale.planner.plan import Plan
-from qtale.planner.problem import BudgetError, Item
+from qtale.planner.problem import BudgetError, Item, least_cost, total_cost
 from qtale.planner.scores import chosen_metric, layer_scores
 from qtale.planner.source import Source, open_source
 from qtale.planner.wait import wait_until_it_fits
@@ -41,12 +41,12 @@ class Planner:
     def for_bytes(self, budget: int) -> Plan:
         """The plan that fits ``budget`` bytes; raises BudgetError (an InputError) naming the least that would do."""
         fixed = self.fixed_bytes
-        items = self._items(parts.byte_cost(self.options))
         try:
-            return self._plan(items, self._solve(items, budget - fixed), budget)
+            items, choices = self._decided(budget - fixed) or self._weighed(budget - fixed)
         except BudgetError as error:
             least = error.least + fixed
             raise BudgetError(least, budget, self._too_small(least, budget)) from error
+        return self._plan(items, choices, budget)
 
     def for_average(self, bits: float) -> Plan:
         """The plan whose codes take at most ``bits`` per weight over the Linears of the decoder blocks.
@@ -93,9 +93,24 @@ class Planner:
     def _scores(self) -> tuple[float, ...]:
         return layer_scores(self.source.importance, self.metric, self.source.shape.num_layers)
 
+    def _decided(self, budget: int) -> tuple[list[Item], tuple[int, ...]] | None:
+        """Everything as stored where that fits, found without the losses; raises BudgetError where nothing fits."""
+        items = self._unweighed(parts.byte_cost(self.options))
+        if least_cost(items) > budget:
+            raise BudgetError(least_cost(items), budget)
+        stored = tuple(item.bits.index(16) if 16 in item.bits else -1 for item in items)
+        return (items, stored) if -1 not in stored and total_cost(items, stored) <= budget else None
+
+    def _weighed(self, budget: int) -> tuple[list[Item], tuple[int, ...]]:
+        items = self._items(parts.byte_cost(self.options))
+        return items, self._solve(items, budget)
+
+    def _unweighed(self, cost: parts.Cost) -> list[Item]:
+        return parts.build_items(self.source.shape, self.options, cost, lambda linear, bits: 0.0)
+
     def _items(self, cost: parts.Cost) -> list[Item]:
         if self.options.mode in ("paper", "uniform"):
-            return parts.build_items(self.source.shape, self.options, cost, lambda linear, bits: 0.0)
+            return self._unweighed(cost)
         return parts.build_items(self.source.shape, self.options, cost, self._expected.of)
 
     @functools.cached_property

@@ -1,0 +1,15 @@
+"""Models that run under a memory budget and follow it.
+
+    deployment = qtale.deploy("model", "6GiB")               # or budget "auto": what is free
+    deployment.generate(**tokenizer("Gravity is", return_tensors="pt"))
+    deployment.replan("4GiB")                                # changes only the layers whose bits change
+    watch(deployment)                                        # follows the free memory until Ctrl-C
+
+A :class:`Deployment` holds each weight once, in the form it runs in; when bits change, originals are read from disk.
+"""
+
+from qtale.deployment.change import DeployReport, ModuleChange
+from qtale.deployment.deploy import Deployment, deploy
+from qtale.deployment.watch import Watcher, watch
+
+__all__ = ["DeployReport", "Deployment", "ModuleChange", "Watcher", "deploy", "watch"]

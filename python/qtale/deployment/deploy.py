@@ -1,0 +1,298 @@
+"""``qtale.deploy``: a model that runs in the memory at hand, and changes in place when there is more or less of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtale.checkpoint.folder import ModelFolder, open_folder
+from qtale.checkpoint.identity import fingerprint
+from qtale.deployment.change import DeployReport, ModuleChange
+from qtale.deployment.heap import release, resident_bytes
+from qtale.deployment.layers import Specs, bits_of, build_model, make_layer, mark_config, specs_of
+from qtale.deployment.room import Probe, cpu_devices, room, room_to_follow
+from qtale.errors import CheckpointError, InputError
+from qtale.importance.file import Importance
+from qtale.memory.devices import AUTO, Budget
+from qtale.memory.needed import Needs, linear_bytes, needed
+from qtale.memory.sizes import human_bytes
+from qtale.planner.make import Planner
+from qtale.planner.options import Options
+from qtale.planner.plan import Plan
+from qtale.planner.problem import BudgetError
+from qtale.planner.source import Source, open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_logger = logging.getLogger("qtale")
+# Freed memory goes back to the system whenever this much was read.
+_RELEASE_BYTES = 8 << 20
+
+
+class Deployment:
+    """A running model and the plan that it runs under; made by :func:`deploy`.
+
+    ``model`` is an ordinary transformers model, ``plan`` what it runs under, ``report`` what was done last. Calls of
+    :meth:`generate` and :meth:`replan` wait for one another, so both may come from different threads.
+    """
+
+    model: PreTrainedModel
+    report: DeployReport
+
+    def __init__(self, planner: Planner, budget: int | str, compute: str, progress: bool, probe: Probe) -> None:
+        self.planner = planner
+        self.compute = compute
+        self._budget = budget
+        self._progress = progress
+        self._probe = probe
+        self._lock = threading.RLock()
+        self._specs: dict[str, Any] = {}
+        shape = planner.source.shape
+        self._shapes = {linear.name: linear for linear in (*shape.linears, *([shape.head] if shape.head else []))}
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the model runs under."""
+        return self.report.plan
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes that the weights take now, by what they are made of."""
+        return self._weights(self._specs)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of weights, and of KV cache and workspace (or the reserve) that the plan keeps beside them."""
+        return self.weights_bytes + self.planner.reserve_bytes
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate`` with the same arguments, while no change of plan is under way."""
+        with self._lock:
+            return self.model.generate(*args, **kwargs)
+
+    def room(self) -> Budget:
+        """The memory that the model may take now under its budget, what it holds included."""
+        return room(self._budget, self.weights_bytes, self._probe)
+
+    def room_to_follow(self) -> Budget:
+        """As :meth:`room`, but where the budget is a size, no more than what is free and what the model holds."""
+        return room_to_follow(self._budget, self.weights_bytes, self._probe)
+
+    def replan(self, budget: int | str | None = None, *, plan: Plan | str | Path | None = None) -> DeployReport:
+        """Follow a new budget (None: the last one, looked up again) or a given plan, in place.
+
+        Only modules whose bits or groups change are made anew, from the weights on disk, those that shrink first; what
+        that frees goes back to the system. Nothing else of the model is touched. On an error the model is as it was:
+        BudgetError (an InputError) where nothing fits, InputError for a plan of another model, CheckpointError where
+        the folder was changed or cannot be read.
+        """
+        with self._lock:
+            start, before = time.perf_counter(), resident_bytes()
+            folder = self._reopened()
+            found, chosen = self._chosen(budget, plan)
+            specs = specs_of(folder, chosen)
+            old = dict(self._specs)
+            self._change(folder, specs)
+            mark_config(self.model, self._specs)
+            release()
+            if budget is not None:
+                self._budget = budget
+            return self._reported(chosen, found, old, before, start)
+
+    def load(self, plan: Plan | str | Path | None = None) -> DeployReport:
+        """Build the model; :func:`deploy` does that."""
+        start, before = time.perf_counter(), resident_bytes()
+        found, chosen = self._chosen(None, plan)
+        specs = specs_of(self._folder, chosen)
+        self.model = build_model(self._folder, specs, self.compute, self._progress)
+        self._specs = specs
+        release()
+        return self._reported(chosen, found, dict.fromkeys(specs), before, start)
+
+    def __repr__(self) -> str:
+        return f"Deployment({self._folder.path}, weights {human_bytes(self.weights_bytes)})"
+
+    @property
+    def _folder(self) -> ModelFolder:
+        folder = self.planner.source.folder
+        if folder is None:
+            raise CheckpointError("deploy: a config alone cannot run; give the model's folder with its weights.")
+        return folder
+
+    def _reopened(self) -> ModelFolder:
+        folder = open_folder(self._folder.path)
+        if fingerprint(folder) != self.planner.source.model.fingerprint:
+            raise CheckpointError(
+                f"{folder.path}: its weights are no longer those that were deployed; the model stays as it is. Put the "
+                "files back, or deploy anew."
+            )
+        return folder
+
+    def _chosen(self, budget: int | str | None, plan: Plan | str | Path | None) -> tuple[Budget | None, Plan]:
+        if plan is None:
+            found = self.room() if budget is None else room(budget, self.weights_bytes, self._probe)
+            _logger.info("budget: %s (%s)", human_bytes(found.num_bytes), found.source)
+            return found, self.planner.for_bytes(found.num_bytes)
+        if budget is not None:
+            raise InputError("replan: a plan and a budget exclude each other; give one of them.")
+        given = plan if isinstance(plan, Plan) else Plan.read(plan)
+        self._check_room(specs_of(self._folder, given))
+        return None, given
+
+    def _check_room(self, specs: Specs) -> None:
+        found, least = self.room(), self._weights(specs)
+        if least > max(found.num_bytes, self.weights_bytes):
+            raise BudgetError(
+                least,
+                found.num_bytes,
+                f"deploy: the plan's weights take {human_bytes(least)} ({least} B), more than the "
+                f"{human_bytes(found.num_bytes)} there are ({found.source}); give a smaller plan, or free memory.",
+            )
+
+    def _change(self, folder: ModelFolder, specs: Specs) -> None:
+        """Make the modules that differ anew, each put in place whole; on an error those done are taken back."""
+        growth = {
+            name: self._size(name, spec) - self._size(name, self._specs[name])
+            for name, spec in specs.items()
+            if spec != self._specs[name]
+        }
+        old = dict(self._specs)
+        done: list[str] = []
+        try:
+            handled = 0
+            for name in self._bar(sorted(growth, key=lambda name: growth[name])):
+                self._put(folder, name, specs[name])
+                done.append(name)
+                handled += self._shapes[name].stored_bytes
+                # What small pieces leave behind would otherwise pile up until the end.
+                if handled >= _RELEASE_BYTES:
+                    handled = 0
+                    release()
+        except BaseException as error:
+            self._take_back(folder, done, old, error)
+            raise
+
+    def _take_back(self, folder: ModelFolder, done: Sequence[str], old: Specs, cause: BaseException) -> None:
+        stuck = []
+        for name in reversed(done):
+            try:
+                self._put(folder, name, old[name])
+            # Whatever hinders one module must not keep the others from going back.
+            except Exception:
+                stuck.append(name)
+        mark_config(self.model, self._specs)
+        release()
+        if stuck:
+            raise CheckpointError(
+                f"{cause} The change could not be taken back in {len(stuck)} modules, {stuck[0]} the first, which keep "
+                "the bits they got; the model still runs. Deploy anew when the files are readable."
+            ) from cause
+
+    def _put(self, folder: ModelFolder, name: str, spec: Any) -> None:
+        from qtale.nn import set_module
+
+        old: Any = self.model.get_submodule(name)
+        layer = make_layer(folder, name, spec, old, old.bias, self.model.dtype, self.compute)
+        set_module(self.model, name, layer)
+        self._specs[name] = spec
+
+    def _bar(self, modules: Sequence[str]) -> Any:
+        from tqdm.auto import tqdm
+
+        return tqdm(modules, desc="replanning", unit="layer", leave=False, delay=1, disable=not self._progress)
+
+    def _size(self, name: str, spec: Any) -> int:
+        return linear_bytes(self._shapes[name], spec)
+
+    def _weights(self, specs: Specs) -> int:
+        changed = sum(self._size(name, spec) - self._shapes[name].stored_bytes for name, spec in specs.items())
+        return (self._stored.weights if specs else 0) + changed
+
+    @property
+    def _stored(self) -> Needs:
+        return needed(self.planner.source.shape, lambda _: None, context=0, batch=1)
+
+    def _reported(
+        self, plan: Plan, found: Budget | None, old: Specs, resident: int | None, start: float
+    ) -> DeployReport:
+        changes = tuple(
+            ModuleChange(name, bits_of(old[name]), bits_of(spec), self._size(name, old[name]), self._size(name, spec))
+            for name, spec in self._specs.items()
+            if spec != old[name]
+        )
+        self.report = DeployReport(
+            model=str(self._folder.path),
+            plan=plan,
+            budget_bytes=None if found is None else found.num_bytes,
+            budget_source=None if found is None else found.source,
+            changes=changes,
+            weights_bytes=self.weights_bytes,
+            stored_bytes=self._stored.weights,
+            reserve_bytes=self.planner.reserve_bytes,
+            resident_before=resident,
+            resident_after=resident_bytes(),
+            seconds=time.perf_counter() - start,
+        )
+        return self.report
+
+
+def deploy(
+    model: str | Path,
+    budget: int | str = AUTO,
+    *,
+    plan: Plan | str | Path | None = None,
+    importance: Importance | str | Path | None = None,
+    options: Options | None = None,
+    errors: str | Path | None = None,
+    compute: str = "int8",
+    progress: bool = True,
+    probe: Probe = cpu_devices,
+) -> Deployment:
+    """Look at the memory, plan, quantize in memory and return a running model.
+
+    ``model`` is a dense folder or a hub name, ``budget`` bytes, a size such as "6GiB" or "auto":
+    ``QTALE_MEMORY_BUDGET``, else the free main memory but for 5 %. Bits follow ``plan`` (a plan or its file), which
+    must fit the budget, or are chosen under ``options``: by the scores of ``importance`` (or its file) where given,
+    else by rounding errors alone, which need no data; ``errors`` is a file that keeps those between runs. ``compute``
+    is as in :func:`qtale.load_torch`. One tensor is read at a time; layers at 16 bits are plain Linears in the stored
+    dtype. ``probe`` replaces the look at the memory.
+
+    Raises BudgetError (an InputError) where nothing fits, naming the least budget that would; InputError for wrong
+    values and for a plan or scores of another model; CheckpointError and UnsupportedError for models that cannot run.
+    """
+    if compute not in ("int8", "float"):
+        raise InputError(f"deploy: compute {compute!r} is not a mode; use 'int8' or 'float'.")
+    if plan is not None and not isinstance(plan, Plan):
+        plan = Plan.read(plan)
+    planner = Planner(_source(model, importance), _options(options, plan), errors, progress)
+    deployment = Deployment(planner, budget, compute, progress, probe)
+    deployment.load(plan)
+    return deployment
+
+
+def _source(model: str | Path, importance: Importance | str | Path | None) -> Source:
+    open_folder(model)
+    if importance is None or isinstance(importance, Importance):
+        source = dataclasses.replace(open_source(model), importance=importance)
+        if importance is not None:
+            importance.check_model(source.model.fingerprint)
+        return source
+    source = open_source(importance, model)
+    if source.importance is None:
+        raise InputError(f"deploy: {importance} is no importance.json; make one with `qtale measure`.")
+    return source
+
+
+def _options(options: Options | None, plan: Plan | None) -> Options:
+    """The options asked for; without any, those under which later plans have the groups of the first one."""
+    if options is None and plan is not None:
+        options = Options(
+            mode=plan.mode, group_size=plan.group_size, symmetric=plan.symmetric, head_bits=plan.lm_head_bits
+        )
+    return (options or Options()).resolved()

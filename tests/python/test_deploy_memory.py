@@ -1,0 +1,98 @@
+"""The memory of a deployed model is what its plan says, through twenty changes of the budget, and nothing piles up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plan_samples import save_model
+
+# Falling and rising: 265 MiB hold the demo model as it is stored, 115 MiB hold little more than 3 bits a weight.
+CYCLE = ("220MiB", "180MiB", "140MiB", "115MiB", "140MiB", "180MiB", "220MiB", "265MiB")
+REPLANS = 20
+# Deploys and runs a small model first, so that code and buffers of libraries are there before anything is measured.
+SCRIPT = """
+import hashlib, json, sys
+import torch
+import qtale
+from qtale.deployment.heap import release
+from qtale.planner import Options
+
+def resident():
+    release()
+    lines = (line.split() for line in open("/proc/self/smaps_rollup"))
+    return next(int(fields[1]) << 10 for fields in lines if fields[0] == "Rss:")
+
+def answer(deployment, ids):
+    options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    text = deployment.generate(ids, max_new_tokens=4, min_new_tokens=4, **options)[0].tolist()
+    with torch.no_grad():
+        logits = deployment.model(ids).logits
+    return [text, hashlib.sha256(logits.numpy().tobytes()).hexdigest()]
+
+def run(folder, budgets, ids, options):
+    deployment = qtale.deploy(folder, budgets[0], options=options, progress=False)
+    rows = []
+    for budget in budgets:
+        report = deployment.replan(budget)
+        text = answer(deployment, ids)
+        bits = [[layer.num_bits, layer.modules] for layer in report.plan.layers]
+        row = {"budget": budget, "weights": report.weights_bytes, "stored": report.stored_bytes, "bits": bits}
+        rows.append({**row, "text": text, "resident": resident(), "changed": len(report.changes)})
+    return rows
+
+torch.set_num_threads(1)
+small, large, budgets = sys.argv[1], sys.argv[2], sys.argv[3:]
+options = Options(context=64)
+run(small, ["2MiB", "1MiB", "1GiB"], torch.ones(1, 8, dtype=torch.long), options)
+before = resident()
+rows = run(large, budgets, torch.arange(100, 112)[None], options)
+print(json.dumps({"before": before, "rows": rows}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("this system does not tell what a process holds")
+    small = save_model(tmp_path_factory.mktemp("models") / "small")
+    budgets = ["265MiB", *(CYCLE[step % len(CYCLE)] for step in range(REPLANS))]
+    command = [sys.executable, "-c", SCRIPT, str(small), str(demo_model), *budgets]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 0, run.stderr
+    value: dict[str, Any] = json.loads(run.stdout)
+    assert len(value["rows"]) == REPLANS + 1
+    return value
+
+
+def test_the_process_follows_the_plan(found: dict[str, Any]) -> None:
+    for row in found["rows"]:
+        taken = row["resident"] - found["before"]
+        assert abs(taken - row["weights"]) < 0.05 * row["stored"], row["budget"]
+    sizes = [row["weights"] for row in found["rows"]]
+    assert min(sizes) < 0.5 * max(sizes)
+    assert max(sizes) == found["rows"][0]["stored"]
+
+
+def test_nothing_piles_up(found: dict[str, Any]) -> None:
+    first: dict[str, int] = {}
+    for row in found["rows"][1:]:
+        start = first.setdefault(row["budget"], row["resident"])
+        assert row["resident"] - start < 0.01 * row["stored"], row["budget"]
+
+
+def test_the_same_plan_gives_the_same_text(found: dict[str, Any]) -> None:
+    seen: dict[str, tuple[Any, Any]] = {}
+    for row in found["rows"]:
+        bits, text = seen.setdefault(row["budget"], (row["bits"], row["text"]))
+        assert row["bits"] == bits
+        assert row["text"] == text
+    assert all(row["changed"] for row in found["rows"][1:])
+    assert len({text[1] for _, text in seen.values()}) == len(seen)
