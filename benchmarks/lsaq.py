@@ -3,8 +3,8 @@
 Importance is measured with ``--seeds`` calibration seeds. Then, on WikiText-2, the model is run with INT8 and INT4 on
 shares of its layers (per channel and with groups of 64), and with {8, 4, 3, 2} bits at a few averages: by order of
 each score, evenly mixed, at random, and as the planner's knapsack has it. All work lies in ``--work``; a run that was
-stopped (``--time-limit``) goes on there. Matrices are rounded once per width by qtale's operators and swapped in a transformers
-model that computes in ``--dtype``; bfloat16 is twice as fast where the processor has it.
+stopped (``--time-limit``) goes on there. Matrices are rounded once per width by qtale's operators and swapped in a
+transformers model that computes in ``--dtype``; bfloat16 is twice as fast where the processor has it.
 """
 
 from __future__ import annotations

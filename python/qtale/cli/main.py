@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from qtale.errors import Error
 
-VERBS = ("plan", "quantize", "measure", "inspect", "eval", "import_gguf", "doctor")
+VERBS = ("plan", "quantize", "measure", "report", "inspect", "eval", "import_gguf", "doctor")
 
 
 class Verb(Protocol):
