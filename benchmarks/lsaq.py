@@ -30,21 +30,23 @@ from qtale.planner.source import Source, open_source
 GROUP = 64
 BUDGETS = (3.5, 4.5, 5.0, 6.0)
 MIXES = (7.0, 6.0, 5.0)
-ORDERED = tuple(metric for metric in METRICS if metric != "random")
+PLANNED = ("kl", "fisher", "noise", "jaccard", "none")
 
 
 def mixes(methods: Methods, sources: list[Source], options: argparse.Namespace) -> list[Mix]:
     """What is to be run, the comparison at {8, 4, 3, 2} bits first; the same assignment is computed only once."""
     found = [methods.same(16, GROUP, "dense")]
     first = sources[0]
+    ordered = _ordered(first)
+    planned = [metric for metric in PLANNED if metric in (*ordered, "none")]
     for average in options.budgets:
-        found += [methods.knapsack(first, metric, average, GROUP) for metric in ("fisher", "noise", "jaccard", "none")]
+        found += [methods.knapsack(first, metric, average, GROUP) for metric in planned]
         found += _layered(methods, first, average, GROUP, ("fisher", "jaccard"), options.random_seeds)
     found += [methods.same(bits, group) for group in (GROUP, "channel") for bits in (8, 4)] + [methods.same(3, GROUP)]
     for average in (*options.budgets, *(one for one in options.mixes if one not in options.budgets)):
-        found += _layered(methods, first, average, GROUP, ORDERED, options.random_seeds)
+        found += _layered(methods, first, average, GROUP, ordered, options.random_seeds)
     for average in options.mixes:
-        found += _layered(methods, first, average, "channel", ORDERED, options.random_seeds)
+        found += _layered(methods, first, average, "channel", ordered, options.random_seeds)
     for source in sources[1:]:
         importance = _scores(source)
         for average in options.budgets:
@@ -59,6 +61,10 @@ def _layered(
     found = [methods.greedy(_scores(source), metric, average, group) for metric in metrics]
     found.append(methods.spread(average, group))
     return found + [methods.random(average, group, seed) for seed in range(seeds)]
+
+
+def _ordered(source: Source) -> tuple[str, ...]:
+    return tuple(metric for metric in _scores(source).scores if metric != "random")
 
 
 def _scores(source: Source) -> Importance:
@@ -128,7 +134,7 @@ def results(options: argparse.Namespace, sources: list[Source], methods: Methods
     left = run(model, cache, todo, options.time_limit)
     seeds = {"calibration_seeds": options.seeds, "random_seeds": options.random_seeds}
     calibration = {key: _scores(sources[0]).settings[key] for key in ("num_sequences", "seq_len", "top_k")}
-    scores = {metric: _scores(sources[0]).ranking(metric) for metric in ORDERED}
+    scores = {metric: _scores(sources[0]).ranking(metric) for metric in _ordered(sources[0])}
     quarter = round(methods.layers / 4)
     return {
         "format": "qtale.results",

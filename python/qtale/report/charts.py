@@ -41,9 +41,12 @@ def importance_bars(importance: Importance, metrics: Sequence[str] = ()) -> Figu
         whiskers = importance.spread(metric) if len(importance.per_sequence.get(metric, ())) > 1 else None
         top = set(order[: max(1, round(len(order) / 4))])
         colours = [_BLUE if layer in top else "#bcd3ea" for layer in range(len(scores))]
-        axes.bar(range(len(scores)), scores, color=colours, yerr=whiskers, ecolor=_INK, error_kw={"linewidth": 0.7})
+        base = _base(scores)
+        heights = [score - base for score in scores]
+        error = {"yerr": whiskers, "ecolor": _INK, "error_kw": {"linewidth": 0.7}}
+        axes.bar(range(len(scores)), heights, bottom=base, color=colours, **error)
+        axes.set_ylim(bottom=base)
         axes.set_title(metric, loc="left", fontsize=10)
-        _fit_bars(axes, scores)
         _label_layers(axes, len(scores))
     figure.supxlabel("layer; the most important quarter is dark", fontsize=9)
     return figure
@@ -153,12 +156,12 @@ def _label_layers(axes: Any, count: int) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _fit_bars(axes: Any, scores: Sequence[float]) -> None:
-    """Let the axis begin near the least score where all are far from 0: their differences are what matters."""
+def _base(scores: Sequence[float]) -> float:
+    """Where bars begin: at 0, or below the least score where scores are negative or differ by little."""
     low, high = min(scores), max(scores)
-    room = 0.08 * (high - low)
-    if high > low and min(abs(low), abs(high)) > 2 * (high - low):
-        axes.set_ylim(low - room, high + room)
+    if low >= 0 and high <= 2 * (high - low):
+        return 0.0
+    return low - 0.08 * (high - low) if high > low else low - 1.0
 
 
 def _mean(entry: LayerBits) -> float:
