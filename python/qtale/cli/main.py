@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from qtale.errors import Error
 
-VERBS = ("plan", "quantize", "deploy", "measure", "inspect", "eval", "import_gguf", "doctor")
+VERBS = ("measure", "plan", "quantize", "deploy", "report", "inspect", "eval", "import_gguf", "doctor")
 
 
 class Verb(Protocol):
