@@ -43,8 +43,15 @@ def importance_bars(importance: Importance, metrics: Sequence[str] = ()) -> Figu
         colours = [_BLUE if layer in top else "#bcd3ea" for layer in range(len(scores))]
         base = _base(scores)
         heights = [score - base for score in scores]
-        error = {"yerr": whiskers, "ecolor": _INK, "error_kw": {"linewidth": 0.7}}
-        axes.bar(range(len(scores)), heights, bottom=base, color=colours, **error)
+        axes.bar(
+            range(len(scores)),
+            heights,
+            bottom=base,
+            color=colours,
+            yerr=whiskers,
+            ecolor=_INK,
+            error_kw={"linewidth": 0.7},
+        )
         axes.set_ylim(bottom=base)
         axes.set_title(metric, loc="left", fontsize=10)
         _label_layers(axes, len(scores))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from qtale.checkpoint.output import output_folder
 from qtale.errors import InputError
+from qtale.files import write_whole
 from qtale.importance.file import Importance, check_new
-from qtale.importance.journal import write_whole
 from qtale.memory.sizes import human_bytes
 from qtale.planner.plan import LayerBits, Plan
 from qtale.report import charts
