@@ -24,7 +24,7 @@ _BLUE, _GREY, _INK = "#2563a8", "#9aa3ad", "#1f2933"
 _BITS_COLOURS = {2: "#f6d9a8", 3: "#f0a860", 4: "#8fbfe0", 8: "#2f75b5", 16: "#173f6b"}
 _SCORE_COLOURS = {
     **{"fisher": "#c2410c", "noise": "#a16207", "jaccard": "#2563a8", "lim": "#0f766e", "bi": "#7c3aed"},
-    **{"zd": "#be185d", "error": "#4d7c0f", "none": "#64748b", "mix": "#6b7280"},
+    **{"zd": "#be185d", "error": "#4d7c0f", "kl": "#111827", "none": "#64748b", "mix": "#6b7280"},
 }
 _DPI = 130
 
@@ -43,7 +43,7 @@ def importance_bars(importance: Importance, metrics: Sequence[str] = ()) -> Figu
         colours = [_BLUE if layer in top else "#bcd3ea" for layer in range(len(scores))]
         base = _base(scores)
         heights = [score - base for score in scores]
-        error = {"yerr": whiskers, "ecolor": _INK, "error_kw": {"linewidth": 0.7}}
+        error: dict[str, Any] = {"yerr": whiskers, "ecolor": _INK, "error_kw": {"linewidth": 0.7}}
         axes.bar(range(len(scores)), heights, bottom=base, color=colours, **error)
         axes.set_ylim(bottom=base)
         axes.set_title(metric, loc="left", fontsize=10)
