@@ -60,4 +60,4 @@ def float_bound(x: Array, codes: Array, scale: Array, zero_point: Array | None, 
     size = np.abs(codes.astype(np.float64)) + 2**num_bits
     if zero_point is not None:
         size = size + np.abs(spread(zero_point, in_features))
-    return np.maximum(np.abs(x), 2.0**-96) @ (size * spread(scale, in_features)).T * (in_features + 8) * 2.0**-24
+    return np.maximum(np.abs(x), 2.0**-96) @ (size * spread(scale, in_features)).T * (in_features + 56) * 2.0**-24

@@ -69,6 +69,6 @@ def test_level_0_imports_nothing_but_the_standard_library_and_itself() -> None:
         assert not {module.split(".")[0] for module in modules if module} & {"torch", "numpy", "transformers"}
 
 
-@pytest.mark.parametrize("name", ["fields", "files", "plan", "problem", "scores", "solve", "wait"])
+@pytest.mark.parametrize("name", ["fields", "plan", "problem", "scores", "solve", "wait"])
 def test_the_plan_and_its_solvers_need_nothing_of_the_package_but_level_0(name: str) -> None:
     assert imported_parts((ROOT / "planner" / f"{name}.py").read_text()) <= LEVELS[0] | {"planner"}

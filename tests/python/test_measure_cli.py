@@ -77,7 +77,7 @@ def test_json_leaves_the_sets_to_the_file(
     assert main([*command, "--metrics", "all", "--loss-sequences", "2", "--resume", str(tmp_path / "state")]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["out"] == str(tmp_path / "a.json")
-    assert set(shown["scores"]) == {"jaccard", "lim", "bi", "zd", "error", "random", "fisher", "noise"}
+    assert set(shown["scores"]) == {"jaccard", "lim", "bi", "zd", "error", "random", "fisher", "noise", "kl"}
     assert "token_sets" not in shown
     assert (tmp_path / "state" / "journal.json").is_file()
 

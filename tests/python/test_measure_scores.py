@@ -168,6 +168,30 @@ def test_noise_equals_disturbing_the_whole_model(sample) -> None:
                 weight.copy_(stored[name])
 
 
+def test_kl_equals_rounding_the_whole_model(sample) -> None:
+    path, whole, tokens = sample
+    settings = {"group_size": 32, "loss_sequences": 4, "error_bits": 4}
+    found = measured(path, tokens, metrics=("fisher", "kl"), **settings)
+    with torch.no_grad():
+        expected = whole(torch.from_numpy(tokens[:4])).logits.log_softmax(-1)
+        for layer in range(LAYERS):
+            stored = {name: weight.clone() for name, weight in linear_weights(whole, layer).items()}
+            for weight in linear_weights(whole, layer).values():
+                weight.copy_(rounded(weight, 4, 32, torch.float32))
+            changed = whole(torch.from_numpy(tokens[:4])).logits.log_softmax(-1)
+            divergence = float((expected.exp() * (expected - changed)).sum(-1).mean())
+            assert found.scores["kl"][layer] == pytest.approx(
+                divergence, rel=0.05
+            )  # weights midway between codes may go either way
+            for name, weight in linear_weights(whole, layer).items():
+                weight.copy_(stored[name])
+    costs = {name: cost for name, cost in found.module_costs["kl"]["4"].items() if ".layers.1." in name}
+    predicted = {name: found.module_costs["fisher"]["4"][name] for name in costs}
+    assert sum(costs.values()) == pytest.approx(found.scores["kl"][1])
+    shares = [costs[name] / predicted[name] for name in costs]
+    assert max(shares) == pytest.approx(min(shares))
+
+
 def test_random_depends_on_the_seed_alone(sample) -> None:
     path, _, tokens = sample
     one = measured(path, tokens, metrics=("random",), seed=1).scores["random"]

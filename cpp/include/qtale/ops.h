@@ -12,8 +12,9 @@ namespace qtale {
 //          |y - y_exact| <= sum_k |w_k| * s(k) / 2 with s = amax(group) / 127, plus float32 rounding.
 //   float: activations as they are up to the 17th significant bit, products of unsigned codes summed in float32:
 //          |y - y_exact| <= (in + 56) * 2^-24 * sum_k (|code_k| + |zero_point| + 2^b) * scale * max(|x_k|, 2^-96).
-//          float32 activations are exact but for two cases: with AVX-512 BF16 up to three rows count as sums of two
-//          bf16 numbers; AVX2 keeps them to 2^-24 of the largest of 128, and a row with inf or NaN comes out as NaN.
+//          float32 activations are exact but for two cases: weights below 8 bits meet them as sums of two bf16 numbers
+//          with AVX-512 BF16; AVX2 keeps them to 2^-24 of the largest of 128, and a row with inf or NaN becomes NaN.
+// In both modes a row of y depends on its row of x alone, bit for bit.
 // Rounding to the dtype of y comes on top.
 enum class Compute : std::uint8_t { int8, floating };
 

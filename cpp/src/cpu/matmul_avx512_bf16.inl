@@ -23,14 +23,8 @@ struct PlaneRows {
 };
 
 std::size_t plane_rows_bytes(const Layout& l, std::int64_t rows) {
-  const std::size_t plain = avx512_table.floating.workspace_bytes(l, rows);
-  const std::size_t planes = PlaneRows(l, rows, DType::f32, nullptr).bytes;
-  return plain > planes ? plain : planes;
-}
-
-// Two planes save time while memory is the limit; one does always. 8 bits find no table.
-inline bool in_planes(const MatmulArgs& a) {
-  return a.layout->num_bits < 8 && (a.x.dtype == DType::bf16 || a.rows <= kMaxTile / 2);
+  return l.num_bits == 8 ? avx512_table.floating.workspace_bytes(l, rows)
+                         : PlaneRows(l, rows, DType::f32, nullptr).bytes;
 }
 
 QTALE_INLINE __m512 widen(__m256i bf16) {
@@ -53,7 +47,7 @@ inline void store_planes(__m512 v, std::uint16_t* first, std::uint16_t* second) 
 
 void prepare_planes(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
   const Layout& l = *a.layout;
-  if (!in_planes(a)) return avx512_table.floating.prepare(a, begin, end);
+  if (l.num_bits == 8) return avx512_table.floating.prepare(a, begin, end);
   const PlaneRows out(l, a.rows, a.x.dtype, a.workspace);
   with_type(a.x.dtype, [&](auto element) {
     using E = decltype(element);
@@ -98,18 +92,13 @@ inline __m512i code_table() {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_load_ps(value + 16), _mm512_load_ps(value)));
 }
 
-// Few rows would wait for their sums, so these take turns.
-template <int R>
-constexpr int kTurns = R <= 3 ? 2 : 1;
-
 template <int Bits, int R>
-QTALE_INLINE void multiply_step_bf16(__m512 (&acc)[kTurns<R>][R][kVecs], __m512i table, const std::uint8_t* w,
+QTALE_INLINE void multiply_step_bf16(__m512 (&acc)[R][kVecs], __m512i table, const std::uint8_t* w,
                                      const std::uint16_t* x, std::int64_t ldx, Prefetch prefetch) {
   using C = Codes<Bits>;
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
     prefetch_part_of_step<C, field>(w, prefetch);
     unroll<2>([&](auto odd) QTALE_INLINE_LAMBDA {
-      constexpr int kTurn = odd % kTurns<R>;
       __m512i value[kVecs];
       unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
         value[p] = _mm512_permutexvar_epi16(code_words<Bits, field, odd>(w, p), table);
@@ -117,8 +106,8 @@ QTALE_INLINE void multiply_step_bf16(__m512 (&acc)[kTurns<R>][R][kVecs], __m512i
       unroll<R>([&](auto r) QTALE_INLINE_LAMBDA {
         const __m512i pair = broadcast4(reinterpret_cast<const std::int8_t*>(x + r * ldx + 4 * field + 2 * odd));
         unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
-          acc[kTurn][r][p] = _mm512_dpbf16_ps(acc[kTurn][r][p], reinterpret_cast<__m512bh>(value[p]),
-                                              reinterpret_cast<__m512bh>(pair));
+          acc[r][p] =
+              _mm512_dpbf16_ps(acc[r][p], reinterpret_cast<__m512bh>(value[p]), reinterpret_cast<__m512bh>(pair));
         });
       });
     });
@@ -136,10 +125,9 @@ __attribute__((noipa)) void tile_bf16(const Layout& l, const std::uint8_t* panel
     const std::uint8_t* w = panel + l.block_offset(b);
     const std::uint16_t* a = x + b * l.block_k;
     const std::int64_t steps = l.block_size(b) / C::kInputs;
-    __m512 acc[kTurns<R>][R][kVecs];
+    __m512 acc[R][kVecs];
     const auto each_sum = [&](auto&& fn) QTALE_INLINE_LAMBDA {
-      unroll<kTurns<R> * R * kVecs>([&](auto i)
-                                        QTALE_INLINE_LAMBDA { fn(acc[i / (R * kVecs)][i / kVecs % R][i % kVecs]); });
+      unroll<R * kVecs>([&](auto i) QTALE_INLINE_LAMBDA { fn(acc[i / kVecs][i % kVecs]); });
     };
     each_sum([](__m512& sum) QTALE_INLINE_LAMBDA { sum = _mm512_setzero_ps(); });
 #pragma GCC unroll 1
@@ -153,10 +141,8 @@ __attribute__((noipa)) void tile_bf16(const Layout& l, const std::uint8_t* panel
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
       const __m512 zero = l.symmetric ? _mm512_setzero_ps() : _mm512_cvtepi32_ps(load_zeros(params + l.scale_bytes, p));
       unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
-        __m512 sum = acc[0][m * Planes][p];
-        unroll<kTurns<R> * Planes - 1>([&](auto i) QTALE_INLINE_LAMBDA {
-          sum = _mm512_add_ps(sum, acc[(i + 1) / Planes][m * Planes + (i + 1) % Planes][p]);
-        });
+        __m512 sum = acc[m * Planes][p];
+        if constexpr (Planes == 2) sum = _mm512_add_ps(sum, acc[m * Planes + 1][p]);
         if (!l.symmetric) sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(sums[m * l.blocks + b]), sum);
         float* o = out + m * kRows + 16 * p;
         _mm512_store_ps(o, _mm512_fmadd_ps(sum, scales[p], _mm512_maskz_load_ps(keep_of(b), o)));
@@ -187,7 +173,7 @@ inline PlaneTileFn pick_plane_tile(int num_bits, std::int64_t planes, std::int64
 void run_planes(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
                 std::int64_t row_end) {
   const Layout& l = *a.layout;
-  if (!in_planes(a)) return avx512_table.floating.run(a, panel_begin, panel_end, row_begin, row_end);
+  if (l.num_bits == 8) return avx512_table.floating.run(a, panel_begin, panel_end, row_begin, row_end);
   const PlaneRows acts(l, a.rows, a.x.dtype, a.workspace);
   const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span blocks, Prefetch prefetch,
                         float* out) {
@@ -196,7 +182,7 @@ void run_planes(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t pane
                                                    blocks, prefetch, out);
   };
   const Span panels{panel_begin, panel_end}, rows{row_begin, row_end};
-  run_tiles(a, panels, rows, l.blocks, kMaxTile, tile, [](auto&&...) {});
+  run_tiles(a, panels, rows, l.blocks, kMaxTile / acts.planes, tile, [](auto&&...) {});
 }
 
 }  // namespace

@@ -69,9 +69,15 @@ def _add_metric_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="paper|reversed",
         help="zd: a smaller share is more important (default), or a larger one",
     )
-    add("--error-bits", type=int, default=_DEFAULT.error_bits, metavar="N", help="error, fisher: default %(default)s")
-    add("--group-size", default=_DEFAULT.group_size, metavar="auto|N|channel", help="error, fisher: default auto")
-    add("--loss-sequences", type=int, default=_DEFAULT.loss_sequences, metavar="N", help="fisher, noise: default 8")
+    add(
+        "--error-bits",
+        type=int,
+        default=_DEFAULT.error_bits,
+        metavar="N",
+        help="error, fisher, kl: default %(default)s",
+    )
+    add("--group-size", default=_DEFAULT.group_size, metavar="auto|N|channel", help="error, fisher, kl: default auto")
+    add("--loss-sequences", type=int, default=_DEFAULT.loss_sequences, metavar="N", help="fisher, noise, kl: default 8")
     add("--noise", type=float, default=_DEFAULT.noise, metavar="T", help="noise: relative size (default %(default)s)")
 
 

@@ -27,7 +27,8 @@ class Importance:
     * ``token_sets``: sequence → layer boundary (before layer 0, …, after the last) → token numbers, the largest
       product first; ``words``: what those tokens are, by number.
     * ``errors``: bits → module → |ŵ - w|² / |w|² of rounding to nearest.
-    * ``module_costs``: metric → bits → module → predicted loss increase in nats per token (metric "fisher").
+    * ``module_costs``: metric → bits → module → predicted loss increase in nats per token (metrics "fisher" and,
+      measured with it, "kl").
     """
 
     model: Mapping[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -20,7 +21,7 @@ from qtale.importance.journal import Journal, claimed
 from qtale.importance.layered import LayeredModel
 from qtale.importance.losses import LossPass
 from qtale.importance.metrics import make_metrics
-from qtale.importance.options import MeasureOptions
+from qtale.importance.options import LOSS_METRICS, MeasureOptions
 from qtale.importance.states import States, open_states
 
 _logger = logging.getLogger("qtale")
@@ -46,7 +47,7 @@ def measure_tokens(
     ``decode`` turns a token number into the word that people read, ``data`` describes where the tokens came from.
 
     Peak memory is the embedding matrix, one layer in float32 and ``max_memory``; ``fisher`` needs three times a
-    layer, and both metrics of the loss need the head in float32. Raises InputError for tokens or settings that do not
+    layer, and all metrics of the loss need the head in float32. Raises InputError for tokens or settings that do not
     fit the model, CheckpointError for broken weights, UnsupportedError for models that are not built as Llama is.
     """
     tokens = check_tokens(tokens)
@@ -110,7 +111,7 @@ def _state_bytes(layered: LayeredModel, options: MeasureOptions) -> int:
     """Bytes of all hidden states that are held at once."""
     row = options.seq_len * layered.hidden_size * 4
     used = min(options.loss_sequences, options.num_sequences)
-    loss = (layered.num_layers + 3) * used if {"fisher", "noise"} & set(options.metrics) else 0
+    loss = (layered.num_layers + 3) * used if set(LOSS_METRICS) & set(options.metrics) else 0
     return row * (2 * options.num_sequences + loss)
 
 
@@ -124,7 +125,7 @@ def _run(
     with tqdm(total=total, desc="measure", unit="layer·seq", disable=not progress) as bar:
         Forward(layered, states, tokens, options, journal, metrics).run(bar)
     loss = LossPass(layered, states, tokens[: options.loss_sequences], options, journal)
-    for name, walk in (("fisher", loss.fisher), ("noise", loss.noise)):
+    for name, walk in (("fisher", loss.fisher), ("noise", loss.noise), ("kl", loss.kl)):
         if name in options.metrics:
             with tqdm(total=layered.num_layers, desc=name, unit="layer", disable=not progress) as bar:
                 walk(bar)
@@ -153,12 +154,30 @@ def _result(
         scores["fisher"] = [sum(layer[str(options.error_bits)].values()) for layer in by_layer]
     if "noise" in entries:
         scores["noise"] = entries["noise"]
+    if "kl" in entries:
+        by_layer = [entries["kl"][str(index)] for index in range(len(layers))]
+        scores["kl"] = [layer[str(options.error_bits)] for layer in by_layer]
+        if "fisher" in entries:
+            costs["kl"] = _shared_out(by_layer, [entries["fisher"][str(index)] for index in range(len(layers))])
     errors = {bits: _merged(layer["errors"][bits] for layer in layers) for bits in layers[0]["errors"]}
     boundaries = [entries["first_sets"], *(layer["sets"] for layer in layers)]
     sets = [] if boundaries[0] is None else [list(row) for row in zip(*boundaries, strict=True)]
     words = {} if decode is None else _words(sets, decode)
     ordered = {metric: scores[metric] for metric in options.metrics}
     return Importance(model, data, options.to_json(), ordered, per_sequence, errors, costs, sets, words)
+
+
+def _shared_out(
+    totals: Sequence[Mapping[str, float]], predicted: Sequence[Mapping[str, Mapping[str, float]]]
+) -> dict[str, dict[str, float]]:
+    """What was measured by layer as bits → module, in proportion to what ``fisher`` predicts for the modules."""
+    found: dict[str, dict[str, float]] = {}
+    for layer, costs in zip(totals, predicted, strict=True):
+        for bits, total in layer.items():
+            whole = math.fsum(costs[bits].values())
+            shares = {name: cost / whole if whole else 1 / len(costs[bits]) for name, cost in costs[bits].items()}
+            found.setdefault(bits, {}).update({name: total * share for name, share in shares.items()})
+    return found
 
 
 def _merged(parts: Any) -> dict[str, float]:

@@ -11,7 +11,7 @@ from qtale.spec import QuantSpec
 
 HIDDEN_METRICS = ("jaccard", "lim", "bi")
 WEIGHT_METRICS = ("zd", "error", "random")
-LOSS_METRICS = ("fisher", "noise")
+LOSS_METRICS = ("fisher", "noise", "kl")
 METRICS = (*HIDDEN_METRICS, *WEIGHT_METRICS, *LOSS_METRICS)
 DEFAULT_METRICS = (*HIDDEN_METRICS, *WEIGHT_METRICS)
 # Widths for which the errors of every module are kept, whatever width the score is of.
@@ -38,8 +38,8 @@ class MeasureOptions:
       over every token. BI is over all tokens always.
     * ``zd_tail``: "upper" counts weights with z > 1, "both" those with |z| > 1. ``zd_order``: "paper" calls layers with
       a *smaller* share more important, as LWQ does, "reversed" those with a larger one.
-    * ``error_bits``, ``group_size``: the quantization whose error is scored by ``error`` and ``fisher``.
-    * ``loss_sequences``: how many of the sequences ``fisher`` and ``noise`` use.
+    * ``error_bits``, ``group_size``: the quantization whose error is scored by ``error``, ``fisher`` and ``kl``.
+    * ``loss_sequences``: how many of the sequences ``fisher``, ``noise`` and ``kl`` use.
     * ``noise``: relative size t of the noise that ``noise`` adds to the weights of a layer.
     """
 

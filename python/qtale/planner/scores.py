@@ -9,10 +9,10 @@ from qtale.errors import InputError
 
 NO_METRIC = "none"
 AUTO = "auto"
-# Those that estimate the loss itself come first; ``auto`` takes the first that the file has.
-_PREFERRED = ("fisher", "noise", "jaccard", "bi", "lim", "error", "zd")
+# In the order in which plans by them measured (benchmarks/README.md); ``auto`` takes the first that the file has.
+_PREFERRED = ("kl", "fisher", "noise", "jaccard", "bi", "lim", "error", "zd")
 # The least that a layer counts, as a share of the most important one: scores rank layers, none of them is for free.
-_FLOOR = 0.1
+_FLOOR = 0.01
 
 
 class Scores(Protocol):

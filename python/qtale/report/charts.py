@@ -24,7 +24,7 @@ _BLUE, _GREY, _INK = "#2563a8", "#9aa3ad", "#1f2933"
 _BITS_COLOURS = {2: "#f6d9a8", 3: "#f0a860", 4: "#8fbfe0", 8: "#2f75b5", 16: "#173f6b"}
 _SCORE_COLOURS = {
     **{"fisher": "#c2410c", "noise": "#a16207", "jaccard": "#2563a8", "lim": "#0f766e", "bi": "#7c3aed"},
-    **{"zd": "#be185d", "error": "#4d7c0f", "none": "#64748b", "mix": "#6b7280"},
+    **{"zd": "#be185d", "error": "#4d7c0f", "kl": "#111827", "none": "#64748b", "mix": "#6b7280"},
 }
 _DPI = 130
 
