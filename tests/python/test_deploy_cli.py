@@ -94,7 +94,10 @@ def test_mistakes_are_one_sentence(
 
 
 def test_ctrl_c_ends_the_watch_cleanly(model: Path) -> None:
-    command = [sys.executable, "-m", "qtale", "deploy", str(model), "--watch", "--interval", "600", "--json"]
+    # Jobs that a shell starts in the background ignore Ctrl-C, and so would the process started here.
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "from qtale.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "deploy", str(model), "--watch", "--interval", "600", "--json"]
     environment = {**os.environ, "QTALE_MEMORY_BUDGET": "1GiB"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stdout is not None
