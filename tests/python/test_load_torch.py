@@ -18,8 +18,8 @@ from qtale import QuantSpec
 from qtale.integrations.transformers import quantize_model_
 from qtale.nn import QLinear
 
-# Largest difference of a logit, as a share of the range of logits.
-FLOAT_BOUND = 1e-5
+# Largest difference of a logit, as a share of the range of logits: AVX-512 BF16 keeps 17 bits of an activation.
+FLOAT_BOUND = 5e-5
 # Activations of 8 bits, two blocks deep.
 INT8_BOUND = 3e-2
 IDS = torch.tensor([[5, 40, 200, 7, 99, 250, 1, 64, 33, 180, 12, 77]])

@@ -77,8 +77,8 @@ def test_every_moment_of_a_run_can_be_resumed(
     monkeypatch.setattr(Journal, "_write", write)
     measure_tokens(model, some_tokens(), OPTIONS, resume=tmp_path / "state", progress=False)
     monkeypatch.setattr(Journal, "_write", original)
-    # When made, after the embedding, and after each layer of each of the three passes.
-    assert len(snapshots) == 2 * (2 + 3 * LAYERS)
+    # When made, after the embedding, and after each layer of each of the four passes.
+    assert len(snapshots) == 2 * (2 + 4 * LAYERS)
     for state in snapshots:
         assert measure_tokens(model, some_tokens(), OPTIONS, resume=state, progress=False) == straight
         assert [path.name for path in state.iterdir() if not path.name.startswith(".")] == ["journal.json"]
