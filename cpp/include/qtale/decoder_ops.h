@@ -19,8 +19,8 @@ void matmul(const TensorView& x, const TensorView& weight, const TensorView* bia
 void rms_norm(const TensorView& x, const TensorView& weight, float eps, const TensorView& out);
 
 // Rotary positions in the half-split form of HuggingFace models, in place (Su et al., 2021).
-//   x [rows, heads, head_dim] f32, rows may be apart; table [positions, head_dim] f32 holds head_dim / 2 cosines and then
-//   as many sines; positions [rows] s32, each below the rows of the table.
+//   x [rows, heads, head_dim] f32, rows may be apart; table [positions, head_dim] f32 holds head_dim / 2 cosines and
+//   then as many sines; positions [rows] s32, each below the rows of the table.
 void rope(const TensorView& x, const TensorView& table, const TensorView& positions);
 
 // out[r,i] = silu(gate_up[r,i]) * gate_up[r,n+i];  gate_up [rows, 2n] and out [rows, n] f32, rows may be apart.
@@ -37,8 +37,8 @@ void scatter_add_rows(const TensorView& delta, const TensorView& indices, const 
 inline constexpr std::int64_t kPageTokens = 16;
 std::int64_t kv_page_bytes(std::int64_t kv_heads, std::int64_t head_dim, DType dtype);
 
-// Stores rows as the entries first, first + 1, … of a list of pages; k and v [rows, kv_heads, head_dim] f32, rows may be
-// apart.
+// Stores rows as the entries first, first + 1, … of a list of pages; k and v [rows, kv_heads, head_dim] f32, rows may
+// be apart.
 void kv_append(const TensorView& k, const TensorView& v, std::span<void* const> pages, std::int64_t first, DType dtype);
 
 // Consecutive rows of q that look at the same cache.

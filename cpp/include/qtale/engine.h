@@ -25,36 +25,36 @@ using Projection = std::vector<Matrix>;
 // Decides which tokens run a layer: logits = w2 . silu(rms_norm(w1 . x)), or w1 . x where w2 is absent; x is the raw
 // residual that enters the layer. Two logits execute with the probability softmax(logits)[1], one with sigmoid(logit).
 struct Router {
-  TensorView w1;                           // [h, hidden] or [1, hidden] f32
-  std::optional<TensorView> bias1;         // [h] or [1] f32
-  std::optional<TensorView> norm;          // [h] f32
-  std::optional<TensorView> w2;            // [2, h] f32
-  std::optional<TensorView> bias2;         // [2] f32
+  TensorView w1;                    // [h, hidden] or [1, hidden] f32
+  std::optional<TensorView> bias1;  // [h] or [1] f32
+  std::optional<TensorView> norm;   // [h] f32
+  std::optional<TensorView> w2;     // [2, h] f32
+  std::optional<TensorView> bias2;  // [2] f32
   float norm_eps = 1e-6F;
 };
 
 enum class KvRule : std::uint8_t { evict, keep };
 
 struct DecoderLayer {
-  TensorView input_norm;                   // [hidden] f32
-  TensorView post_norm;                    // [hidden] f32
-  std::optional<TensorView> q_norm;        // [head_dim] f32
+  TensorView input_norm;             // [hidden] f32
+  TensorView post_norm;              // [hidden] f32
+  std::optional<TensorView> q_norm;  // [head_dim] f32
   std::optional<TensorView> k_norm;
-  Projection qkv;                          // outputs: queries, keys, values
+  Projection qkv;  // outputs: queries, keys, values
   Projection o;
-  Projection gate_up;                      // outputs: gate, up
+  Projection gate_up;  // outputs: gate, up
   Projection down;
-  std::int64_t window = 0;                 // tokens that a token sees, itself included; 0 for all
+  std::int64_t window = 0;  // tokens that a token sees, itself included; 0 for all
   std::optional<Router> router;
 };
 
 // Frequencies of rotary positions; `dynamic_*` describe the NTK scaling that grows with the length (0: none).
 struct RopeSpec {
-  std::vector<float> inv_freq;             // head_dim / 2
-  float attention_factor = 1.0F;           // on cosines and sines
+  std::vector<float> inv_freq;    // head_dim / 2
+  float attention_factor = 1.0F;  // on cosines and sines
   double dynamic_base = 0.0;
   double dynamic_factor = 0.0;
-  std::int64_t dynamic_length = 0;         // positions of the plain form
+  std::int64_t dynamic_length = 0;  // positions of the plain form
 };
 
 struct DecoderSpec {
@@ -64,15 +64,15 @@ struct DecoderSpec {
   std::int64_t num_kv_heads = 0;
   std::int64_t head_dim = 0;
   std::int64_t vocab_size = 0;
-  std::int64_t context = 0;                // most positions of a sequence
+  std::int64_t context = 0;  // most positions of a sequence
   float norm_eps = 1e-6F;
   float attention_scale = 0.0F;
   RopeSpec rope;
   Compute compute = Compute::int8;
-  DType kv_dtype = DType::f16;             // f32 or f16
+  DType kv_dtype = DType::f16;  // f32 or f16
   KvRule kv_rule = KvRule::evict;
-  TensorView embedding;                    // [vocab, hidden] f32|f16|bf16
-  TensorView final_norm;                   // [hidden] f32
+  TensorView embedding;   // [vocab, hidden] f32|f16|bf16
+  TensorView final_norm;  // [hidden] f32
   Matrix head;
   std::vector<DecoderLayer> layers;
 };
@@ -93,13 +93,13 @@ struct CallReport {
 
 struct Score {
   float log_prob = 0.0F;
-  bool greedy = false;                     // whether the target has the largest logit (the smallest index of equals)
+  bool greedy = false;  // whether the target has the largest logit (the smallest index of equals)
 };
 
 // Sequences and their caches over one set of weights. Not thread-safe: callers take turns.
 class Decoder {
  public:
-  explicit Decoder(DecoderSpec spec);      // InputError where parts do not fit each other
+  explicit Decoder(DecoderSpec spec);  // InputError where parts do not fit each other
   ~Decoder();
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
@@ -110,8 +110,8 @@ class Decoder {
   // Forgets the tokens from position `length` on.
   void truncate(std::int64_t sequence, std::int64_t length);
 
-  // Runs the tokens of all segments; logits [kept, vocab] f32 are those after the rows `keep`, which count the tokens of
-  // all segments in order and ascend. `poll` is called between layers; when it throws, the call is undone.
+  // Runs the tokens of all segments; logits [kept, vocab] f32 are those after the rows `keep`, which count the tokens
+  // of all segments in order and ascend. `poll` is called between layers; when it throws, the call is undone.
   void forward(std::span<const Segment> segments, std::span<const std::int64_t> keep, const TensorView& logits,
                const std::function<void()>& poll = {});
   // The same, giving only log-softmax at one target for each kept row; here a row may be kept several times.
@@ -123,7 +123,7 @@ class Decoder {
   void set_theta(float theta);
   void set_forced_tokens(std::int64_t count);
   void set_depth(std::optional<std::vector<bool>> runs);
-  void set_num_threads(int count);         // 0: as many as the process uses
+  void set_num_threads(int count);  // 0: as many as the process uses
 
   const CallReport& report() const;
   // Bytes of pages in use, by layer.

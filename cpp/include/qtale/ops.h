@@ -59,7 +59,8 @@ PrepackedInfo prepacked_info(const TensorView& buffer);
 void unprepack(const TensorView& buffer, const TensorView& codes, const TensorView& scale,
                const TensorView* zero_point);
 
-// y[m,o] = sum_i x[m,i] * weight[o,i] + bias[o];  x [m, in] and y [m, out] alike in f32|f16|bf16, bias [out] f32.
+// y[m,o] = sum_i x[m,i] * weight[o,i] + bias[o];  x [m, in] and y [m, out] alike in f32|f16|bf16, rows of both may be
+// apart; bias [out] f32.
 void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView* bias, const TensorView& y,
              Compute compute);
 

@@ -15,7 +15,9 @@ void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView*
   if (x.shape[1] != info.in_features)
     fail_input("qmatmul: x has {} features; the weight takes {}.", x.shape[1], info.in_features);
   ops::check_dtype(op, "y", y, x.dtype);
-  ops::check_shape(op, "y", y, x.shape[0], info.out_features);
+  ops::check_matrix(op, "y", y);
+  if (y.shape[0] != x.shape[0] || y.shape[1] != info.out_features)
+    fail_input("qmatmul: y has shape {}; expected [{}, {}].", ops::shape_text(y), x.shape[0], info.out_features);
   ops::check_cpu(op, y);
   if (bias != nullptr) {
     ops::check_dtype(op, "bias", *bias, DType::f32);
@@ -25,7 +27,7 @@ void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView*
     ops::check_contiguous(op, "bias", *bias);
   }
   cpu::qmatmul(prepacked.as<const std::uint8_t>(), prepacked.shape[0], x.shape[0], {x.data, x.dtype, x.strides[0]},
-               bias ? bias->as<const float>() : nullptr, {y.data, y.dtype, info.out_features}, compute);
+               bias ? bias->as<const float>() : nullptr, {y.data, y.dtype, y.strides[0]}, compute);
 }
 
 }  // namespace qtale

@@ -1,0 +1,42 @@
+#include "engine/projection.h"
+
+#include "engine/workspace.h"
+#include "qtale/decoder_ops.h"
+
+namespace qtale::engine {
+namespace {
+
+bool is_packed(const Matrix& matrix) { return matrix.weight.dtype == DType::u8; }
+
+}  // namespace
+
+std::int64_t out_features(const Matrix& matrix) {
+  return is_packed(matrix) ? prepacked_info(matrix.weight).out_features : matrix.weight.shape[0];
+}
+
+std::int64_t in_features(const Matrix& matrix) {
+  return is_packed(matrix) ? prepacked_info(matrix.weight).in_features : matrix.weight.shape[1];
+}
+
+std::int64_t out_features(const Projection& projection) {
+  std::int64_t sum = 0;
+  for (const Matrix& matrix : projection) sum += out_features(matrix);
+  return sum;
+}
+
+void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Compute compute) {
+  const TensorView* bias = matrix.bias ? &*matrix.bias : nullptr;
+  is_packed(matrix) ? qmatmul(x, matrix.weight, bias, y, compute) : matmul(x, matrix.weight, bias, y);
+}
+
+void multiply(const TensorView& x, const Projection& projection, const TensorView& y, Compute compute,
+              std::int64_t first) {
+  std::int64_t column = 0;
+  for (const Matrix& matrix : projection) {
+    const std::int64_t count = out_features(matrix);
+    if (column + count > first) multiply(x, matrix, columns(y, column, count), compute);
+    column += count;
+  }
+}
+
+}  // namespace qtale::engine

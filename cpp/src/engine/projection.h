@@ -1,0 +1,20 @@
+// Products with the matrices of a decoder, whether they are packed or not.
+#pragma once
+
+#include <cstdint>
+
+#include "qtale/engine.h"
+
+namespace qtale::engine {
+
+std::int64_t out_features(const Matrix& matrix);
+std::int64_t out_features(const Projection& projection);
+std::int64_t in_features(const Matrix& matrix);
+
+// y [rows, out] = x [rows, in] times one matrix.
+void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Compute compute);
+// The same for matrices side by side, but only for those that have outputs at or after `first`.
+void multiply(const TensorView& x, const Projection& projection, const TensorView& y, Compute compute,
+              std::int64_t first = 0);
+
+}  // namespace qtale::engine

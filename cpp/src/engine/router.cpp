@@ -1,0 +1,40 @@
+#include "engine/router.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "qtale/decoder_ops.h"
+
+namespace qtale::engine {
+namespace {
+
+const TensorView* pointer(const std::optional<TensorView>& tensor) { return tensor ? &*tensor : nullptr; }
+
+float sigmoid(float x) { return 1.0F / (1.0F + std::exp(-x)); }
+
+}  // namespace
+
+std::vector<float> execution_probabilities(const Router& router, const TensorView& x, Workspace& workspace) {
+  const std::int64_t rows = x.shape[0], width = router.w1.shape[0];
+  const bool single = !router.w2;
+  // silu_mul multiplies with a second half, which is all ones here.
+  const TensorView memory = workspace.matrix(Buffer::router, rows, 2 * width + 2);
+  const TensorView hidden = columns(memory, 0, width), logits = columns(memory, 2 * width, 2);
+  matmul(x, router.w1, pointer(router.bias1), hidden);
+  if (!single) {
+    if (router.norm) rms_norm(hidden, *router.norm, router.norm_eps, hidden);
+    for (std::int64_t r = 0; r < rows; ++r)
+      std::fill_n(memory.as<float>() + r * memory.strides[0] + width, width, 1.0F);
+    silu_mul(columns(memory, 0, 2 * width), hidden);
+    matmul(hidden, *router.w2, pointer(router.bias2), logits);
+  }
+  std::vector<float> probabilities(static_cast<std::size_t>(rows));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const float* row = memory.as<float>() + r * memory.strides[0];
+    const float* pair = row + 2 * width;
+    probabilities[static_cast<std::size_t>(r)] = sigmoid(single ? row[0] : pair[1] - pair[0]);
+  }
+  return probabilities;
+}
+
+}  // namespace qtale::engine
