@@ -13,6 +13,8 @@ from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.errors import CheckpointError, InputError, UnsupportedError
 from qtale.format.config import build_config
 from qtale.format.tensors import PackedModule, packed_modules, read_module
+from qtale.integrations.routing import attach_routing
+from qtale.routing import read_routing
 from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -50,14 +52,25 @@ def load_torch(
     folder = open_folder(path)
     packed = packed_modules(folder)
     if not packed:
-        return _load_dense(folder, dtype)
+        return _routed(_load_dense(folder, dtype), folder)
     model = build_empty(folder, chosen_dtype(folder, dtype))
     _insert_packed(model, folder, packed, compute)
     read_dense_tensors(model, folder, packed)
     model.tie_weights()
     check_complete(model, folder)
     model.config.quantization_config = dict(folder.config["quantization_config"])
-    return model.eval()
+    return _routed(model.eval(), folder)
+
+
+def _routed(model: PreTrainedModel, folder: ModelFolder) -> PreTrainedModel:
+    """The model with the routers that lie beside it, in their dense form: nothing is saved, logits are the engine's."""
+    hidden = folder.config.get("hidden_size")
+    count = folder.config.get("num_hidden_layers")
+    if type(hidden) is int and type(count) is int:
+        routing = read_routing(folder.path, count, hidden)
+        if routing is not None:
+            attach_routing(model, routing)
+    return model
 
 
 @dataclass(frozen=True)

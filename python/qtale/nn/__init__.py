@@ -2,5 +2,6 @@
 
 from qtale.nn.linear import QLinear
 from qtale.nn.replace import linear_names, replace, set_module
+from qtale.nn.routed import RoutedLayer, Router
 
-__all__ = ["QLinear", "linear_names", "replace", "set_module"]
+__all__ = ["QLinear", "RoutedLayer", "Router", "linear_names", "replace", "set_module"]
