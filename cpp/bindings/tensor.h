@@ -18,6 +18,20 @@ using Memory = std::tuple<std::uintptr_t, std::string, std::vector<std::int64_t>
 DType dtype_from_name(const std::string& name);
 TensorView view(const Memory& memory);
 
+using OptionalMemory = std::optional<Memory>;
+
+// Keeps the view of an optional argument alive for one call.
+struct OptionalView {
+  explicit OptionalView(const OptionalMemory& memory) {
+    if (memory) view_ = view(*memory);
+  }
+  const TensorView* get() const { return view_ ? &*view_ : nullptr; }
+
+ private:
+  std::optional<TensorView> view_;
+};
+
+void register_decoder_rows(pybind11::module_& module);
 void register_limits(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 
