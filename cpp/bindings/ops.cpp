@@ -9,18 +9,6 @@ namespace qtale::bindings {
 namespace {
 
 using Release = py::call_guard<py::gil_scoped_release>;
-using OptionalMemory = std::optional<Memory>;
-
-// Keeps the view of an optional argument alive for one call.
-struct OptionalView {
-  explicit OptionalView(const OptionalMemory& memory) {
-    if (memory) view_ = view(*memory);
-  }
-  const TensorView* get() const { return view_ ? &*view_ : nullptr; }
-
- private:
-  std::optional<TensorView> view_;
-};
 
 Compute compute_from_name(const std::string& name) {
   if (name == "int8") return Compute::int8;

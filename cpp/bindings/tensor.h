@@ -19,6 +19,20 @@ DType dtype_from_name(const std::string& name);
 TensorView view(const Memory& memory);
 
 void register_decoder(pybind11::module_& module);
+using OptionalMemory = std::optional<Memory>;
+
+// Keeps the view of an optional argument alive for one call.
+struct OptionalView {
+  explicit OptionalView(const OptionalMemory& memory) {
+    if (memory) view_ = view(*memory);
+  }
+  const TensorView* get() const { return view_ ? &*view_ : nullptr; }
+
+ private:
+  std::optional<TensorView> view_;
+};
+
+void register_decoder_rows(pybind11::module_& module);
 void register_limits(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 

@@ -11,7 +11,8 @@ namespace qtale {
 
 // y[m,o] = sum_i x[m,i] * weight[o,i] + bias[o], for weights that are not quantized.
 //   x [m, in] f32, weight [out, in] f32|f16|bf16, bias [out] f32 or nullptr, y [m, out] f32; rows of all may be apart.
-//   |y - y_exact| <= (in + 8) * 2^-24 * sum_i |x_i * weight_i|. A row of y depends on its row of x alone, bit for bit.
+//   |y - y_exact| <= (in + 8) * 2^-24 * (sum_i |x_i * weight_i| + |bias|); NaN and infinity go where IEEE 754 sends
+//   them. A row of y depends on its row of x alone, bit for bit, for any number of rows and threads.
 void matmul(const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView& y);
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, 2019).
@@ -29,7 +30,8 @@ void silu_mul(const TensorView& gate_up, const TensorView& out);
 // Routed execution takes the rows that execute a block out of the residual stream and puts what the block adds back.
 // out[i] = x[indices[i]] as f32;  x [rows, n] f32|f16|bf16, indices [count] s32, out [count, n] f32; rows may be apart.
 void compact_rows(const TensorView& x, const TensorView& indices, const TensorView& out);
-// x[indices[i]] += gates[i] * delta[i];  gates [count] f32, or nullptr for ones; no index twice.
+// x[indices[i]] += gates[i] * delta[i];  x [rows, n] and delta [count, n] f32, rows may be apart; gates [count] f32, or
+// nullptr for ones; no index twice.
 void scatter_add_rows(const TensorView& delta, const TensorView& indices, const TensorView* gates, const TensorView& x);
 
 // The KV cache of a sequence in one layer is a list of pages of kPageTokens entries, f32 or f16. A page holds for each

@@ -78,7 +78,7 @@ struct MatmulKernel {
   std::int64_t row_block;  // rows that best share one pass over the weights; a multiple of row_tile
 };
 
-// One project_topk: rows of x times the entries of a vocabulary.
+// One project_topk or matmul: rows of x times the entries of a matrix.
 struct ProjectArgs {
   RowsIn x;  // float32
   std::int64_t rows;
@@ -88,6 +88,11 @@ struct ProjectArgs {
 };
 
 struct Candidates;  // cpu/topk.h
+struct ProjectOut {
+  float* y;  // [rows, entries]
+  std::int64_t stride;
+  const float* bias;  // [entries] or nullptr
+};
 
 struct ProjectKernel {
   std::size_t (*packed_bytes)(std::int64_t rows, std::int64_t depth);
@@ -95,9 +100,30 @@ struct ProjectKernel {
   void (*pack)(const ProjectArgs&, std::int64_t begin, std::int64_t end);
   std::size_t (*scratch_bytes)(std::int64_t rows);
   // Offers the products of all rows with entries [begin, end), for every row in ascending order of entries.
-  void (*run)(const ProjectArgs&, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates&);
+  void (*find)(const ProjectArgs&, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates&);
+  // Stores them. A product depends on its row and its entry alone, bit for bit.
+  void (*store)(const ProjectArgs&, std::int64_t begin, std::int64_t end, std::byte* scratch, const ProjectOut&);
   std::int64_t row_tile;
-  std::int64_t entry_tile;  // entries that share one pass over x
+  std::int64_t entry_tile;   // entries that share one pass over x
+  std::int64_t entry_group;  // entries that are multiplied at once
+};
+
+// Rows [rows, size] that routed execution moves; `indices` are checked.
+struct CompactArgs {
+  RowsIn x;
+  const std::int32_t* indices;
+  std::int64_t size;
+  float* out;
+  std::int64_t stride;  // of out
+};
+struct ScatterArgs {
+  const float* delta;
+  std::int64_t delta_stride;
+  const std::int32_t* indices;
+  const float* gates;  // or nullptr
+  std::int64_t size;
+  float* x;
+  std::int64_t stride;  // of x
 };
 
 // Jaccard coefficient of two rows of indices; `scratch` holds a_size + b_size of them.
@@ -117,6 +143,9 @@ struct KernelTable {
   MatmulKernel floating;
   ProjectKernel project;
   JaccardKernel jaccard;
+  // Rows [begin, end) of the indices.
+  void (*compact_rows)(const CompactArgs&, std::int64_t begin, std::int64_t end);
+  void (*scatter_add_rows)(const ScatterArgs&, std::int64_t begin, std::int64_t end);
 };
 
 // Scalar: the specification of every kernel and the oracle of the tests. Reads the 16-row layout.

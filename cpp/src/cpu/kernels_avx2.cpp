@@ -4,6 +4,7 @@
 #include "cpu/matmul_avx2.inl"
 #include "cpu/project.inl"
 #include "cpu/quantize.inl"
+#include "cpu/routed_rows.inl"
 
 namespace qtale::cpu {
 
@@ -17,6 +18,8 @@ const KernelTable avx2_table = {
     {acts_bytes<true>, prepare_acts<true>, run_rows<true>, kTile, 2 * kRowBlock},
     projection::kernel<6, 2>,
     jaccard_by_sorting,
+    compact,
+    scatter_add,
 };
 
 }  // namespace qtale::cpu

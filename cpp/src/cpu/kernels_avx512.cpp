@@ -5,6 +5,7 @@
 #include "cpu/matmul_avx512_float.inl"
 #include "cpu/project.inl"
 #include "cpu/quantize.inl"
+#include "cpu/routed_rows.inl"
 
 namespace qtale::cpu {
 
@@ -18,6 +19,8 @@ const KernelTable avx512_table = {
     {float_rows_bytes, prepare_float_positions, run_float, kFloatTile, 66 * kFloatTile},
     projection::kernel<12, 2>,
     jaccard_by_sorting,
+    compact,
+    scatter_add,
 };
 
 }  // namespace qtale::cpu

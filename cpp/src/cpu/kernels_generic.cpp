@@ -4,6 +4,7 @@
 #include "cpu/matmul_generic.inl"
 #include "cpu/project.inl"
 #include "cpu/quantize.inl"
+#include "cpu/routed_rows.inl"
 
 namespace qtale::cpu {
 
@@ -17,6 +18,8 @@ const KernelTable generic_table = {
     {float_bytes, prepare_float, run_float, 1, 264},
     projection::kernel<4, 1>,
     jaccard_by_sorting,
+    compact,
+    scatter_add,
 };
 
 }  // namespace qtale::cpu

@@ -1,4 +1,4 @@
-// x times a vocabulary over the Vec of the including file's instruction set. The lanes are rows of x and entries are
+// x times a matrix over the Vec of the including file's instruction set. The lanes are rows of x and entries are
 // broadcast, so nothing of the matrix is transposed.
 #pragma once
 
@@ -7,95 +7,84 @@
 namespace qtale::cpu::projection {
 namespace {
 
-// What one thread needs: a ring of groups of entries as float32, one more than a tile has, and the sums of one tile
-// [panels][entries][lanes].
+// What one thread needs: a ring of groups of entries as float32, one more than a tile has, the sums of one tile
+// [panels][entries][lanes], and a level of unfinished sums for each halving of the lanes.
 template <int Group, int Vecs>
 struct Workspace {
   static_assert(kEntries % Group == 0);
   static constexpr std::int64_t kSlots = kEntries / Group + 1;
+  static constexpr std::int64_t kLevel = Group * Vecs * kWidth;
   float* slots;
+  float* levels;
   float* sums;
   explicit Workspace(std::byte* scratch)
-      : slots(reinterpret_cast<float*>(scratch)), sums(slots + kSlots * Group * kStride) {}
-  float* slot(std::int64_t i) const { return slots + i % kSlots * Group * kStride; }
+      : slots(reinterpret_cast<float*>(scratch)),
+        levels(slots + kSlots * Group * kDepth),
+        sums(levels + kHalvings * kLevel) {}
+  float* slot(std::int64_t i) const { return slots + i % kSlots * Group * kDepth; }
   static std::size_t bytes(std::int64_t rows) {
     const std::int64_t lanes = rows <= kFewRows ? 0 : round_up(rows, Vecs * kWidth);
-    return static_cast<std::size_t>(kSlots * Group * kStride + kEntries * lanes) * sizeof(float);
+    return static_cast<std::size_t>(kSlots * Group * kDepth + kHalvings * kLevel + kEntries * lanes) * sizeof(float);
   }
 };
 
-// What a tile does beside its products in each of kStep turns of a round: nothing,
+// What a chain does beside its products: nothing,
 struct Idle {
-  template <int Turn>
-  QTALE_INLINE void turn(std::integral_constant<int, Turn>) {}
+  QTALE_INLINE void step() {}
 };
-// or a Group-th of converting the group of entries that comes next, for which its inner loop has time. It asks for
-// memory that will be converted one block later.
+// or converting an entry of the group that comes next, for which its loop has time. It asks for memory that will be
+// converted one block later.
 template <class E, int Group>
 struct Converter {
-  static_assert(Group < kStep);
   const typename E::T* from;
-  std::int64_t stride;
   std::int64_t ahead;  // bytes
   float* to;
-  template <int Turn>
-  QTALE_INLINE void turn(std::integral_constant<int, Turn>) {
-    if constexpr (Turn < Group) {
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
-      for (int i = 0; i < kStep; i += kWidth) store_f32(to + Turn * kStride + i, E::load(from + i));
-      from += stride;
-    } else if constexpr (Turn == kStep - 1) {
-      from += kStep - Group * stride;
-      to += kStep;
-    }
+  QTALE_INLINE void step() {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
+    store_f32(to, E::load(from));
+    from += kWidth;
+    to += Group * kWidth;
   }
 };
 
-// Adds Group entries [Group][kStride] times one panel of x [depth][lanes] to sums [Group][lanes], or begins them.
+// Where the sum of a chain goes: `levels` of unfinished sums [Group][lanes] are added to it, in order, and with `adds`
+// what `out` holds.
+struct Merge {
+  const float* level;
+  int levels;
+  bool adds;
+  float* out;
+};
+
+// One chain: Group entries [steps][Group][kWidth], of which it takes one lane, times one panel of x [steps][lanes].
 template <int Group, int Vecs, int Used, class Beside>
-__attribute__((noipa)) void tile_products(const float* x, const float* entries, std::int64_t rounds, bool begins,
-                                          Beside beside, float* sums) {
+__attribute__((noipa)) void tile_chain(const float* x, const float* entries, std::int64_t steps, Beside beside,
+                                       const Merge& merge) {
   constexpr int kPanel = Vecs * kWidth;
   VecF acc[Group][Used];
   unroll<Group>([&](auto e)
                     QTALE_INLINE_LAMBDA { unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { acc[e][p] = set1(0.0f); }); });
 #pragma GCC unroll 1
-  for (std::int64_t r = 0; r < rounds; ++r) {
-    unroll<kStep>([&](auto i) QTALE_INLINE_LAMBDA {
-      VecF row[Used];
-      unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { row[p] = load_f32(x + i * kPanel + p * kWidth); });
-      unroll<Group>([&](auto e) QTALE_INLINE_LAMBDA {
-        const VecF entry = set1(entries[e * kStride + i]);
-        unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { accumulate(acc[e][p], entry, row[p]); });
-      });
-      beside.turn(i);
+  for (const float* const end = x + steps * kPanel; x != end; x += kPanel, entries += Group * kWidth) {
+    VecF row[Used];
+    unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { row[p] = load_f32(x + p * kWidth); });
+    unroll<Group>([&](auto e) QTALE_INLINE_LAMBDA {
+      const VecF entry = set1(entries[e * kWidth]);
+      unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { accumulate(acc[e][p], entry, row[p]); });
     });
-    x += kStep * kPanel;
-    entries += kStep;
+    beside.step();
   }
+  const auto add_all = [&](const float* from) QTALE_INLINE_LAMBDA {
+    unroll<Group>([&](auto e) QTALE_INLINE_LAMBDA {
+      unroll<Used>([&](auto p)
+                       QTALE_INLINE_LAMBDA { acc[e][p] = add(load_f32(from + e * kPanel + p * kWidth), acc[e][p]); });
+    });
+  };
+  for (int i = 0; i < merge.levels; ++i) add_all(merge.level + i * Group * kPanel);
+  if (merge.adds) add_all(merge.out);
   unroll<Group>([&](auto e) QTALE_INLINE_LAMBDA {
-    unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA {
-      float* sum = sums + e * kPanel + p * kWidth;
-      store_f32(sum, begins ? acc[e][p] : add(load_f32(sum), acc[e][p]));
-    });
+    unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { store_f32(merge.out + e * kPanel + p * kWidth, acc[e][p]); });
   });
-}
-
-// Offers finished sums [count][lanes] of one panel.
-template <int Vecs>
-inline void select(const float* sums, std::int64_t entry, std::int64_t count, std::int64_t first_row, std::int64_t rows,
-                   Candidates& c) {
-  const unsigned all = rows >= 32 ? ~0u : (1u << rows) - 1u;
-  for (std::int64_t e = 0; e < count; ++e, sums += Vecs * kWidth) {
-    for (int p = 0; p < Vecs; ++p) {
-      const float* thresholds = c.thresholds + first_row + p * kWidth;
-      unsigned above = not_le(load_f32(sums + p * kWidth), load_f32(thresholds)) & (all >> (p * kWidth));
-      for (; above != 0; above &= above - 1) {
-        const int lane = p * kWidth + __builtin_ctz(above);
-        offer(c, first_row + lane, entry + e, sums[lane]);
-      }
-    }
-  }
 }
 
 // Entries as they lie in the matrix: `rows` of them, `depth` deep.
@@ -108,11 +97,11 @@ struct Source {
 
 // A chunk of entries times all rows. While one group of entries is multiplied with the first panel of rows, the group
 // that comes next is converted: of the same block of the depth, of the next one, or of the next tile.
-template <class E, int Group, int Vecs>
+template <class E, int Group, int Vecs, class Sink>
 class ManyRows {
  public:
-  ManyRows(const ProjectArgs& a, std::byte* scratch, Candidates& c)
-      : a_(a), c_(c), w_(scratch), block_(block_depth(a.depth)), padded_(round_up(a.depth, kStep)) {}
+  ManyRows(const ProjectArgs& a, std::byte* scratch, const Sink& sink)
+      : a_(a), sink_(sink), w_(scratch), block_(block_depth(a.depth)), padded_(round_up(a.depth, kWidth)) {}
 
   void run(std::int64_t begin, std::int64_t end) {
     convert(source(begin, end, 0), 0, w_.slot(slot_));
@@ -121,6 +110,17 @@ class ManyRows {
 
  private:
   static constexpr std::int64_t kPanel = Vecs * kWidth;
+  static_assert(Group <= kWidth);
+
+  // One block of one group times one panel.
+  struct Product {
+    const float* x;
+    const float* entries;
+    std::int64_t rows;
+    std::int64_t steps;
+    bool begins;
+    float* sums;
+  };
 
   const typename E::T* at(std::int64_t entry, std::int64_t depth) const {
     return static_cast<const typename E::T*>(a_.matrix.data) + entry * a_.matrix.stride + depth;
@@ -129,22 +129,27 @@ class ManyRows {
     return {at(entry, depth), min64(Group, end - entry), min64(block_, a_.depth - depth)};
   }
 
-  // From some depth on, with zeros up to whole rounds.
+  // From some depth on, with zeros up to whole vectors.
   void convert(const Source<E>& s, std::int64_t depth, float* to) const {
-    if (depth >= s.depth) return;
     for (std::int64_t e = 0; e < s.rows; ++e) {
       const typename E::T* from = s.at + e * a_.matrix.stride;
-      for (std::int64_t i = depth; i < round_up(s.depth, kStep); i += kWidth)
-        store_f32(to + e * kStride + i,
+      for (std::int64_t i = depth; i < s.depth; i += kWidth)
+        store_f32(to + i * Group + e * kWidth,
                   i + kWidth <= s.depth ? E::load(from + i) : load_part<E>(from + i, s.depth - i));
     }
   }
 
-  template <class Beside>
-  void multiply(const float* x, std::int64_t rows, std::int64_t slot, std::int64_t depth, std::int64_t begin,
-                const Beside& beside, float* sums) const {
-    const auto tile = rows > kWidth ? tile_products<Group, Vecs, Vecs, Beside> : tile_products<Group, Vecs, 1, Beside>;
-    tile(x, w_.slot(slot), round_up(depth, kStep) / kStep, begin == 0, beside, sums);
+  // All chains of a product; `beside(chain)` gives what one of them does beside.
+  template <class Beside, class MakeBeside>
+  void multiply(const Product& p, int begin, int end, const MakeBeside& beside) const {
+    const auto tile = p.rows > kWidth ? tile_chain<Group, Vecs, Vecs, Beside> : tile_chain<Group, Vecs, 1, Beside>;
+    for (int chain = begin; chain < end; ++chain) {
+      const int level = __builtin_ctz(~static_cast<unsigned>(chain));  // pairs that this chain completes
+      const bool last = level == kHalvings;
+      float* const out = last ? p.sums : w_.levels + level * w_.kLevel;
+      tile(p.x + chain * p.steps * kPanel, p.entries + reversed(chain), p.steps, beside(chain),
+           {w_.levels, level, last && !p.begins, out});
+    }
   }
 
   void run_tile(std::int64_t entry, std::int64_t end, std::int64_t chunk_end) {
@@ -157,59 +162,69 @@ class ManyRows {
       for (std::int64_t row = 0; row < a_.rows; row += kPanel, x += padded_ * kPanel, sums += kEntries * kPanel) {
         const std::int64_t rows = min64(kPanel, a_.rows - row);
         for (std::int64_t g = 0; g < groups; ++g) {
-          float* const out = sums + g * Group * kPanel;
+          const Product product{x,          w_.slot(slot_ + g),  rows, (depth + kWidth - 1) / kWidth,
+                                begin == 0, sums + g * w_.kLevel};
           if (row > 0) {
-            multiply(x, rows, slot_ + g, depth, begin, Idle{}, out);
+            multiply<Idle>(product, 0, kWidth, [](int) { return Idle{}; });
             continue;
           }
           const Source<E> next = g + 1 < groups ? source(entry + (g + 1) * Group, end, begin)
                                  : !last        ? source(entry, end, begin + block_)
                                                 : source(end, min64(end + kEntries, chunk_end), 0);
           const auto* ahead = last ? at(end + g * Group, 0) : at(entry + g * Group, begin + block_);
-          multiply_first(x, rows, slot_ + g, depth, begin, next, ahead, out);
+          multiply_first(product, next, ahead, w_.slot(slot_ + g + 1));
         }
-        if (last) select<Vecs>(sums, entry, end - entry, row, rows, c_);
+        if (last) sink_.template panel<Vecs>(sums, entry, end - entry, row, rows);
       }
     }
   }
 
   // Products with the first panel of rows; converts the next source.
-  void multiply_first(const float* x, std::int64_t rows, std::int64_t slot, std::int64_t depth, std::int64_t begin,
-                      const Source<E>& next, const typename E::T* ahead, float* sums) const {
-    float* const to = w_.slot(slot + 1);
-    const std::int64_t whole = round_up(depth, kStep);
-    if (next.rows == Group && next.depth >= whole) {
+  void multiply_first(const Product& p, const Source<E>& next, const typename E::T* ahead, float* to) const {
+    const std::int64_t whole = p.steps * kWidth;
+    const bool beside = next.rows == Group && next.depth >= whole;
+    if (beside) {
       const std::int64_t distance = reinterpret_cast<const char*>(ahead) - reinterpret_cast<const char*>(next.at);
-      multiply(x, rows, slot, depth, begin, Converter<E, Group>{next.at, a_.matrix.stride, distance, to}, sums);
-      convert(next, whole, to);
-    } else {
-      multiply(x, rows, slot, depth, begin, Idle{}, sums);
-      convert(next, 0, to);
+      multiply<Converter<E, Group>>(p, 0, Group, [&](int chain) {
+        return Converter<E, Group>{next.at + chain * a_.matrix.stride, distance, to + chain * kWidth};
+      });
     }
+    multiply<Idle>(p, beside ? Group : 0, kWidth, [](int) { return Idle{}; });
+    convert(next, beside ? whole : 0, to);
   }
 
   const ProjectArgs& a_;
-  Candidates& c_;
+  const Sink& sink_;
   Workspace<Group, Vecs> w_;
   std::int64_t block_, padded_;
   std::int64_t slot_ = 0;  // of the first group of a block
 };
 
-template <int Group, int Vecs>
-void run(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates& c) {
+template <int Group, int Vecs, class Sink>
+void run(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Sink& sink) {
   constexpr int kFewEntries = kWidth >= 16 ? 4 : 2;
   with_type(a.matrix.dtype, [&](auto element) {
     using E = decltype(element);
-    if (a.rows > kFewRows) return ManyRows<E, Group, Vecs>(a, scratch, c).run(begin, end);
-    for (; begin + kFewEntries <= end; begin += kFewEntries) few_rows<E, kFewEntries>(a, begin, c);
-    for (; begin < end; ++begin) few_rows<E, 1>(a, begin, c);
+    if (a.rows > kFewRows) return ManyRows<E, Group, Vecs, Sink>(a, scratch, sink).run(begin, end);
+    for (; begin + kFewEntries <= end; begin += kFewEntries) few_rows<E, kFewEntries>(a, begin, sink);
+    for (; begin < end; ++begin) few_rows<E, 1>(a, begin, sink);
   });
+}
+
+template <int Group, int Vecs>
+void find(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates& c) {
+  run<Group, Vecs>(a, begin, end, scratch, Offer{c});
+}
+template <int Group, int Vecs>
+void store(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const ProjectOut& out) {
+  run<Group, Vecs>(a, begin, end, scratch, Store{out});
 }
 
 // Group entries times Vecs vectors of rows fill the registers.
 template <int Group, int Vecs>
 constexpr ProjectKernel kernel = {
-    packed_bytes<Vecs>, pack<Vecs>, Workspace<Group, Vecs>::bytes, run<Group, Vecs>, Vecs * kWidth, kEntries,
+    packed_bytes<Vecs>, pack<Vecs>, Workspace<Group, Vecs>::bytes, find<Group, Vecs>, store<Group, Vecs>, Vecs * kWidth,
+    kEntries,           Group,
 };
 
 }  // namespace

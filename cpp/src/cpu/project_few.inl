@@ -1,15 +1,15 @@
-// Few rows of x times a vocabulary: the lanes run along the depth, and the matrix is read where it lies, once.
+// Few rows of x times a matrix: the lanes run along the depth, and the matrix is read where it lies, once.
 #pragma once
 
-#include "cpu/project_pack.inl"
+#include "cpu/project_sink.inl"
 
 namespace qtale::cpu::projection {
 namespace {
 
-// Rows of x times Entries rows of the matrix where they lie.
+// Adds one block of Rows rows of x times Entries rows of the matrix where they lie to sums, or begins them.
 template <class E, int Rows, int Entries>
 __attribute__((noipa)) void tile_few(const float* x, std::int64_t padded, const typename E::T* matrix,
-                                     std::int64_t stride, std::int64_t depth, float* sums) {
+                                     std::int64_t stride, std::int64_t depth, bool begins, float* sums) {
   VecF acc[Rows][Entries];
   unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
     unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { acc[r][e] = set1(0.0f); });
@@ -33,27 +33,29 @@ __attribute__((noipa)) void tile_few(const float* x, std::int64_t padded, const 
   if (depth % kWidth != 0)
     step([&](auto e) QTALE_INLINE_LAMBDA { return load_part<E>(matrix + e * stride, depth % kWidth); });
   unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { sums[r * Entries + e] = reduce_add(acc[r][e]); });
+    unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA {
+      float& sum = sums[r * Entries + e];
+      sum = begins ? reduce_add(acc[r][e]) : sum + reduce_add(acc[r][e]);
+    });
   });
 }
 
 // Entries [entry, entry + Entries) times all of few rows.
-template <class E, int Entries>
-inline void few_rows(const ProjectArgs& a, std::int64_t entry, Candidates& c) {
+template <class E, int Entries, class Sink>
+inline void few_rows(const ProjectArgs& a, std::int64_t entry, const Sink& sink) {
   static constexpr decltype(&tile_few<E, 1, Entries>) kTiles[kFewTile] = {
       tile_few<E, 1, Entries>, tile_few<E, 2, Entries>, tile_few<E, 3, Entries>, tile_few<E, 4, Entries>};
   const auto* matrix = static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride;
-  const auto* x = reinterpret_cast<const float*>(a.packed);
-  const std::int64_t padded = round_up(a.depth, kStep);
+  const std::int64_t padded = round_up(a.depth, kWidth), block = block_depth(a.depth);
   float sums[kFewTile * Entries];
   for (std::int64_t row = 0; row < a.rows; row += kFewTile) {
+    const auto* x = reinterpret_cast<const float*>(a.packed) + row * padded;
     const std::int64_t rows = min64(kFewTile, a.rows - row);
-    kTiles[rows - 1](x + row * padded, padded, matrix, a.matrix.stride, a.depth, sums);
+    for (std::int64_t begin = 0; begin < a.depth || begin == 0; begin += block)
+      kTiles[rows - 1](x + begin, padded, matrix + begin, a.matrix.stride, min64(block, a.depth - begin), begin == 0,
+                       sums);
     for (std::int64_t r = 0; r < rows; ++r)
-      for (int e = 0; e < Entries; ++e) {
-        const float sum = sums[r * Entries + e];
-        if (!(sum <= c.thresholds[row + r])) offer(c, row + r, entry + e, sum);
-      }
+      for (int e = 0; e < Entries; ++e) sink.one(row + r, entry + e, sums[r * Entries + e]);
   }
 }
 

@@ -1,41 +1,76 @@
-// x as project_topk reads it: rows as they are for few of them, panels of as many rows as lanes for more.
+// The order in which products are summed, and x as the kernels read it: rows as they are for few of them, panels of as
+// many rows as lanes for more.
+//
+// Few rows have the lanes along the depth, many rows have them along the rows; a sum is the same in both, bit for bit.
+// Its order is that of few rows: the depth in blocks, in each block one sum for each kWidth-th element (a chain), which
+// reduce_add adds up, and the blocks one after the other.
 #pragma once
 
 #include "cpu/elements.inl"
 #include "cpu/kernels.h"
-#include "cpu/topk.h"
+#include "cpu/quad.h"
 #include "cpu/unroll.h"
 
 namespace qtale::cpu::projection {
 namespace {
 
-constexpr std::int64_t kDepth = 256;           // of one block: its part of x stays in L1
-constexpr std::int64_t kStride = kDepth + 16;  // floats from entry to entry: no two lines of a tile share a set
-constexpr std::int64_t kStep = 16;             // depth of one round of the inner loop
-constexpr std::int64_t kEntries = 96;          // of one tile: shared by all rows
+constexpr std::int64_t kDepth = 512;   // of one block at most
+constexpr std::int64_t kEntries = 96;  // of one tile: shared by all rows
 constexpr int kFewRows = kWidth * 3 / 4;
 constexpr int kFewTile = 4;            // rows
 constexpr std::int64_t kAhead = 8192;  // bytes that few rows ask for in advance
+constexpr int kHalvings = kWidth == 16 ? 4 : 3;
+static_assert(kWidth == 1 << kHalvings);
 
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
 
-// Depth in equal blocks of whole rounds; the same for every tile, as sums are rounded after each block.
+// Depth in equal blocks of whole vectors; the same for every number of rows.
 inline std::int64_t block_depth(std::int64_t depth) {
   const std::int64_t blocks = (depth + kDepth - 1) / kDepth;
-  return blocks == 0 ? kStep : round_up((depth + blocks - 1) / blocks, kStep);
+  return blocks == 0 ? kWidth : round_up((depth + blocks - 1) / blocks, kWidth);
+}
+
+// Lane of the chain that comes in this place, or the place of a lane: in the order of reversed bits each sum of two
+// chains, of two such sums and so on can be made as soon as both are there.
+constexpr int reversed(int lane) {
+  int out = 0;
+  for (int bit = 0; bit < kHalvings; ++bit) out |= (lane >> bit & 1) << (kHalvings - 1 - bit);
+  return out;
 }
 
 template <int Vecs>
 std::size_t packed_bytes(std::int64_t rows, std::int64_t depth) {
   const std::int64_t padded_rows = rows <= kFewRows ? rows : round_up(rows, Vecs * kWidth);
-  return static_cast<std::size_t>(padded_rows * round_up(depth, kStep)) * sizeof(float);
+  return static_cast<std::size_t>(padded_rows * round_up(depth, kWidth)) * sizeof(float);
 }
 
-// Rows [rows, padded depth] for few of them, else panels [padded depth, lanes]; zeros fill the padding.
+// One block of one panel: chains in their order, [steps][lanes] each.
+template <int Panel>
+void pack_block(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t depth, float* out) {
+  const std::int64_t padded = round_up(depth, kWidth), steps = padded / kWidth;
+  const auto place = [&](std::int64_t i) {
+    return out + (reversed(static_cast<int>(i % kWidth)) * steps + i / kWidth) * Panel;
+  };
+  for (std::int64_t i = 0; i < padded; i += 4) {
+    float* const to[4] = {place(i), place(i + 1), place(i + 2), place(i + 3)};
+    for (std::int64_t lane = 0; lane < Panel; lane += 4) {
+      if (lane + 4 <= rows && i + 4 <= depth) {
+        const Quads columns = load_transposed(x + lane * stride + i, stride);
+        unroll<4>([&](auto d) QTALE_INLINE_LAMBDA { store_quad(to[d] + lane, columns.row[d]); });
+        continue;
+      }
+      for (int d = 0; d < 4; ++d)
+        for (std::int64_t r = lane; r < lane + 4; ++r)
+          to[d][r] = r < rows && i + d < depth ? x[r * stride + i + d] : 0.0f;
+    }
+  }
+}
+
+// Rows [rows, padded depth] for few of them, else panels of blocks; zeros fill the padding.
 template <int Vecs>
 void pack(const ProjectArgs& a, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t kPanel = Vecs * kWidth;
-  const std::int64_t padded = round_up(a.depth, kStep);
+  const std::int64_t padded = round_up(a.depth, kWidth), block = block_depth(a.depth);
   const auto* x = static_cast<const float*>(a.x.data);
   auto* out = reinterpret_cast<float*>(a.packed) + begin * padded;
   if (a.rows <= kFewRows) {
@@ -43,10 +78,10 @@ void pack(const ProjectArgs& a, std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = 0; i < padded; ++i) *out++ = i < a.depth ? x[r * a.x.stride + i] : 0.0f;
     return;
   }
-  for (std::int64_t r = begin; r < end; r += kPanel)
-    for (std::int64_t i = 0; i < padded; ++i)
-      for (std::int64_t lane = 0; lane < kPanel; ++lane)
-        *out++ = i < a.depth && r + lane < a.rows ? x[(r + lane) * a.x.stride + i] : 0.0f;
+  for (std::int64_t r = begin; r < end; r += kPanel, out += padded * kPanel)
+    for (std::int64_t i = 0; i < a.depth; i += block)
+      pack_block<kPanel>(x + r * a.x.stride + i, a.x.stride, min64(kPanel, a.rows - r), min64(block, a.depth - i),
+                         out + i * kPanel);
 }
 
 }  // namespace

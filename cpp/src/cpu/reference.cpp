@@ -173,14 +173,36 @@ std::size_t nothing_packed(std::int64_t, std::int64_t) { return 0; }
 void no_pack(const ProjectArgs&, std::int64_t, std::int64_t) {}
 std::size_t no_scratch(std::int64_t) { return 0; }
 
-void project(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*, Candidates& c) {
+float product(const ProjectArgs& a, std::int64_t row, std::int64_t entry) {
+  float sum = 0.0f;
+  for (std::int64_t i = 0; i < a.depth; ++i) sum += load(a.x, row, i) * load(a.matrix, entry, i);
+  return sum;
+}
+
+void find(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*, Candidates& c) {
   for (std::int64_t entry = begin; entry < end; ++entry) {
     for (std::int64_t row = 0; row < a.rows; ++row) {
-      float sum = 0.0f;
-      for (std::int64_t i = 0; i < a.depth; ++i) sum += load(a.x, row, i) * load(a.matrix, entry, i);
+      const float sum = product(a, row, entry);
       if (!(sum <= c.thresholds[row])) offer(c, row, entry, sum);
     }
   }
+}
+
+void store_products(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*, const ProjectOut& out) {
+  for (std::int64_t row = 0; row < a.rows; ++row)
+    for (std::int64_t entry = begin; entry < end; ++entry)
+      out.y[row * out.stride + entry] = product(a, row, entry) + (out.bias ? out.bias[entry] : 0.0f);
+}
+
+void compact(const CompactArgs& a, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t r = begin; r < end; ++r)
+    for (std::int64_t i = 0; i < a.size; ++i) a.out[r * a.stride + i] = load(a.x, a.indices[r], i);
+}
+
+void scatter_add(const ScatterArgs& a, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t r = begin; r < end; ++r)
+    for (std::int64_t i = 0; i < a.size; ++i)
+      a.x[a.indices[r] * a.stride + i] += (a.gates ? a.gates[r] : 1.0f) * a.delta[r * a.delta_stride + i];
 }
 
 // How many of the indices [0, size) come first of their kind and pass `counts`.
@@ -210,8 +232,10 @@ const KernelTable reference_table = {
     fake_quantize,
     {no_workspace, no_prepare, matmul<dot_int8>, 1, 264},
     {no_workspace, no_prepare, matmul<dot_float>, 1, 264},
-    {nothing_packed, no_pack, no_scratch, project, 1, 64},
+    {nothing_packed, no_pack, no_scratch, find, store_products, 1, 64, 1},
     jaccard,
+    compact,
+    scatter_add,
 };
 
 }  // namespace qtale::cpu

@@ -11,15 +11,14 @@
 #include "core/text.h"
 #include "cpu/backend.h"
 #include "cpu/isa.h"
+#include "cpu/project.h"
 #include "cpu/scratch.h"
 #include "qtale/parallel.h"
 
 namespace qtale::cpu {
 namespace {
 
-constexpr std::int64_t kRowBlock = 512;       // rows of one pass over the matrix: bounds the memory
 constexpr std::int64_t kMinCapacity = 16;     // keys per row
-constexpr std::int64_t kPackGrain = 65536;    // elements of x worth a second thread
 constexpr std::int64_t kRunGrain = 1048576;   // multiply-adds worth a second thread
 constexpr std::int64_t kMergeGrain = 4096;    // keys worth a second thread
 constexpr std::int64_t kTilesPerChunk = 8;    // at most: neighbouring tiles are read ahead
@@ -28,8 +27,6 @@ constexpr std::int64_t kChunksPerThread = 8;  // at least, where there are so ma
 constexpr std::int64_t kSlack = 8;     // a cut may leave one eighth more keys than asked for
 constexpr std::int64_t kFewKeys = 24;  // that std::nth_element handles as well
 constexpr int kMaxRounds = 32;         // before std::nth_element takes over: it has no bad cases
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 Key* median(Key* a, Key* b, Key* c) {
   if (*a > *b) std::swap(a, b);
@@ -116,14 +113,6 @@ struct Problem {
   std::int64_t k;
 };
 
-void pack_rows(const Problem& p) {
-  const std::int64_t tile = p.kernel.row_tile;
-  const std::int64_t grain = ceil_div(kPackGrain, tile * std::max<std::int64_t>(1, p.args.depth));
-  parallel_for(ceil_div(p.args.rows, tile), grain, [&](std::int64_t begin, std::int64_t end) {
-    p.kernel.pack(p.args, begin * tile, std::min(end * tile, p.args.rows));
-  });
-}
-
 // Every finder takes the next chunk of entries until none is left, so each meets its entries in ascending order.
 void find_candidates(const Problem& p, std::vector<Finder>& finders) {
   const auto threads = static_cast<std::int64_t>(finders.size());
@@ -139,7 +128,7 @@ void find_candidates(const Problem& p, std::vector<Finder>& finders) {
         if (entry >= p.entries) break;
         if (!finder.started())
           finder.start(p.args.rows, p.kernel.row_tile, p.entries, p.k, p.kernel.scratch_bytes(p.args.rows));
-        p.kernel.run(p.args, entry, std::min(entry + chunk, p.entries), finder.scratch(), finder.candidates());
+        p.kernel.find(p.args, entry, std::min(entry + chunk, p.entries), finder.scratch(), finder.candidates());
       }
     }
   });
@@ -190,8 +179,7 @@ void cut_to_best(Candidates& c, std::int64_t row) {
 void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
                   std::int64_t k, float* values, std::int32_t* indices) {
   const ProjectKernel& kernel = kernels().project;
-  const std::int64_t blocks = ceil_div(rows, kRowBlock);
-  const std::int64_t block = blocks > 0 ? ceil_div(ceil_div(rows, blocks), kernel.row_tile) * kernel.row_tile : 0;
+  const std::int64_t block = rows_per_pass(kernel, rows);
   Scratch packed;
   for (std::int64_t row = 0; row < rows; row += block) {
     const std::int64_t count = std::min(block, rows - row);
@@ -200,7 +188,7 @@ void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const 
     const Problem problem{kernel, {part, count, depth, memory, matrix}, row, entries, k};
     const std::int64_t work = std::max<std::int64_t>(1, count * depth) * entries;
     std::vector<Finder> finders(static_cast<std::size_t>(std::clamp<std::int64_t>(work / kRunGrain, 1, num_threads())));
-    pack_rows(problem);
+    pack_rows(kernel, problem.args);
     find_candidates(problem, finders);
     refuse_nan(problem, finders);
     merge(problem, finders, values, indices);

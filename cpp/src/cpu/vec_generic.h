@@ -143,10 +143,11 @@ inline VecI abs_bits16(const std::uint16_t* p) {
 }
 inline VecI max_bits16(VecI a, VecI b) { return max_bits(a, b); }
 inline std::uint32_t reduce_max_bits16(VecI a) { return reduce_max_bits(a); }
+// Halves are added to halves, as on x86.
 inline float reduce_add(VecF a) {
-  float sum = 0.0f;
-  for (const float lane : a.lane) sum += lane;
-  return sum;
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.lane[i] += a.lane[i + half];
+  return a.lane[0];
 }
 inline float reduce_max(VecF a) {
   float best = a.lane[0];

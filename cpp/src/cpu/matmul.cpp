@@ -1,0 +1,52 @@
+// The product of x with a matrix that is not quantized, over all threads.
+#include <algorithm>
+
+#include "cpu/backend.h"
+#include "cpu/isa.h"
+#include "cpu/project.h"
+#include "cpu/scratch.h"
+#include "qtale/parallel.h"
+
+namespace qtale::cpu {
+namespace {
+
+constexpr std::int64_t kRowBlock = 512;     // rows of one pass over the matrix
+constexpr std::int64_t kPackGrain = 65536;  // elements of x worth a second thread
+constexpr std::int64_t kRunGrain = 262144;  // multiply-adds worth a second thread
+
+}  // namespace
+
+std::int64_t rows_per_pass(const ProjectKernel& kernel, std::int64_t rows) {
+  const std::int64_t passes = std::max<std::int64_t>(1, ceil_div(rows, kRowBlock));
+  return ceil_div(ceil_div(rows, passes), kernel.row_tile) * kernel.row_tile;
+}
+
+void pack_rows(const ProjectKernel& kernel, const ProjectArgs& args) {
+  const std::int64_t tile = kernel.row_tile;
+  const std::int64_t grain = ceil_div(kPackGrain, tile * std::max<std::int64_t>(1, args.depth));
+  parallel_for(ceil_div(args.rows, tile), grain, [&](std::int64_t begin, std::int64_t end) {
+    kernel.pack(args, begin * tile, std::min(end * tile, args.rows));
+  });
+}
+
+void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
+            const ProjectOut& out) {
+  const ProjectKernel& kernel = kernels().project;
+  const std::int64_t block = rows_per_pass(kernel, rows), group = kernel.entry_group;
+  thread_local Scratch packed;
+  for (std::int64_t row = 0; row < rows; row += block) {
+    const std::int64_t count = std::min(block, rows - row);
+    const RowsIn part{static_cast<const float*>(x.data) + row * x.stride, x.dtype, x.stride};
+    const ProjectArgs args{part, count, depth, packed.reserve(kernel.packed_bytes(count, depth)), matrix};
+    const ProjectOut to{out.y + row * out.stride, out.stride, out.bias};
+    pack_rows(kernel, args);
+    const std::int64_t work = std::max<std::int64_t>(1, group * count * depth);
+    parallel_for(ceil_div(entries, group), ceil_div(kRunGrain, work), [&](std::int64_t begin, std::int64_t end) {
+      thread_local Scratch scratch;
+      kernel.store(args, begin * group, std::min(end * group, entries), scratch.reserve(kernel.scratch_bytes(count)),
+                   to);
+    });
+  }
+}
+
+}  // namespace qtale::cpu

@@ -1,0 +1,195 @@
+// matmul on every instruction set against float64: shapes, dtypes, bias, rows apart, NaN, threads, numbers of rows.
+#include <cmath>
+#include <limits>
+
+#include "catch.h"
+#include "qtale/decoder_ops.h"
+#include "support.h"
+
+namespace qtale::test {
+namespace {
+
+struct Case {
+  std::int64_t rows, in, out;
+};
+
+// Rows, depths and outputs around the tiles, groups and blocks of every tier.
+const Case kCases[] = {{1, 1, 1},      {1, 576, 97},   {2, 16, 97},  {3, 33, 12},   {4, 513, 7},    {5, 100, 31},
+                       {6, 15, 200},   {7, 600, 13},   {9, 48, 96},  {12, 31, 103}, {13, 31, 103},  {16, 64, 6},
+                       {17, 130, 193}, {31, 1030, 25}, {32, 16, 96}, {33, 257, 97}, {49, 512, 385}, {65, 1537, 11},
+                       {4, 0, 9},      {40, 0, 100},   {0, 5, 3},    {20, 7, 0},    {600, 20, 5}};
+
+Floats multiply(const Floats& x, const Floats& weight, const Floats* bias, const Case& c) {
+  Floats y(DType::f32, c.rows * c.out);
+  for (std::int64_t i = 0; i < y.size(); ++i) y.set(i, NAN);
+  const TensorView bias_view = bias == nullptr ? TensorView{} : bias->vector();
+  matmul(x.matrix(c.rows, c.in), weight.matrix(c.out, c.in), bias == nullptr ? nullptr : &bias_view,
+         y.matrix(c.rows, c.out));
+  return y;
+}
+
+// Elements outside of the bound that decoder_ops.h states.
+std::int64_t outside(const Floats& x, const Floats& weight, const Floats* bias, const Case& c, const Floats& y) {
+  std::int64_t wrong = 0;
+  for (std::int64_t r = 0; r < c.rows; ++r) {
+    for (std::int64_t o = 0; o < c.out; ++o) {
+      double exact = bias == nullptr ? 0.0 : double{bias->get(o)}, size = std::fabs(exact);
+      for (std::int64_t i = 0; i < c.in; ++i) {
+        const double product = double{x.get(r * c.in + i)} * double{weight.get(o * c.in + i)};
+        exact += product;
+        size += std::fabs(product);
+      }
+      const double bound = static_cast<double>(c.in + 8) * 0x1p-24 * size;
+      wrong += !(std::fabs(y.get(r * c.out + o) - exact) <= bound);
+    }
+  }
+  return wrong;
+}
+
+Floats head(const Floats& x, std::int64_t size) {
+  Floats out(x.dtype(), size);
+  for (std::int64_t i = 0; i < size; ++i) out.set(i, x.get(i));
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("matmul: within the stated bound of float64 for all tiers, dtypes and shapes") {
+  Random random(91);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    for (const Case& c : kCases) {
+      for (const DType dtype : kFloatTypes) {
+        const Floats x = normal_floats(random, DType::f32, c.rows * c.in);
+        const Floats weight = normal_floats(random, dtype, c.out * c.in, 0.1f);
+        const Floats bias = normal_floats(random, DType::f32, c.out);
+        INFO(isa << " " << name_of(dtype) << " x [" << c.rows << ", " << c.in << "], " << c.out << " outputs");
+        CHECK(outside(x, weight, nullptr, c, multiply(x, weight, nullptr, c)) == 0);
+        CHECK(outside(x, weight, &bias, c, multiply(x, weight, &bias, c)) == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("matmul: a row has the same bits among any number of rows") {
+  Random random(92);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    for (const std::int64_t in : {7, 16, 576, 700, 1041}) {
+      for (const DType dtype : kFloatTypes) {
+        const Case all{70, in, 101};
+        const Floats x = normal_floats(random, DType::f32, all.rows * in);
+        const Floats weight = normal_floats(random, dtype, all.out * in), bias = normal_floats(random, DType::f32, 101);
+        const Floats y = multiply(x, weight, &bias, all);
+        for (const std::int64_t rows : {1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 17, 33, 64}) {
+          const Floats some = multiply(head(x, rows * in), weight, &bias, {rows, in, all.out});
+          INFO(isa << " " << name_of(dtype) << " " << rows << " rows, " << in << " deep");
+          CHECK(first_difference(some, head(y, rows * all.out)) == -1);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("matmul: the same bits for any number of threads") {
+  Random random(93);
+  for (const std::string& isa : cpu_isas()) {
+    if (isa == "reference") continue;
+    const IsaScope scope(isa);
+    for (const std::int64_t rows : {1, 4, 40}) {
+      const Case c{rows, 576, 3000};
+      const Floats x = normal_floats(random, DType::f32, c.rows * c.in);
+      const Floats weight = normal_floats(random, DType::bf16, c.out * c.in);
+      const Floats one = [&] {
+        const ThreadScope threads(1);
+        return multiply(x, weight, nullptr, c);
+      }();
+      for (const int count : {2, 3, 7}) {
+        const ThreadScope threads(count);
+        INFO(isa << " " << rows << " rows, " << count << " threads");
+        CHECK(first_difference(multiply(x, weight, nullptr, c), one) == -1);
+      }
+    }
+  }
+}
+
+TEST_CASE("matmul: rows may be apart, and nothing between them is read into sums or written") {
+  Random random(94);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    for (const std::int64_t rows : {3, 50}) {
+      const Case c{rows, 40, 230};
+      const Floats x = normal_floats(random, DType::f32, rows * 40),
+                   weight = normal_floats(random, DType::f16, 230 * 40);
+      Floats wide_x(DType::f32, rows * 45), wide(DType::f16, 230 * 43), y(DType::f32, rows * 233);
+      for (Floats* gaps : {&wide_x, &wide, &y})
+        for (std::int64_t i = 0; i < gaps->size(); ++i) gaps->set(i, NAN);
+      for (std::int64_t i = 0; i < x.size(); ++i) wide_x.set(i / 40 * 45 + i % 40, x.get(i));
+      for (std::int64_t i = 0; i < weight.size(); ++i) wide.set(i / 40 * 43 + i % 40, weight.get(i));
+      TensorView apart_x = wide_x.matrix(rows, 45), apart = wide.matrix(230, 43), apart_y = y.matrix(rows, 233);
+      apart_x.shape[1] = apart.shape[1] = 40;
+      apart_y.shape[1] = 230;
+      matmul(apart_x, apart, nullptr, apart_y);
+      const Floats dense = multiply(x, weight, nullptr, c);
+      std::int64_t wrong = 0;
+      for (std::int64_t i = 0; i < y.size(); ++i)
+        wrong += i % 233 < 230 ? y.bits(i) != dense.bits(i / 233 * 230 + i % 233) : !std::isnan(y.get(i));
+      CHECK(wrong == 0);
+    }
+  }
+}
+
+TEST_CASE("matmul: NaN and infinity reach their own products only") {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  Random random(95);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    for (const std::int64_t rows : {2, 30}) {
+      const Case c{rows, 50, 40};
+      Floats x(DType::f32, rows * 50), weight(DType::bf16, 40 * 50);
+      for (std::int64_t i = 0; i < x.size(); ++i) x.set(i, random.uniform(1.0f, 2.0f));
+      for (std::int64_t i = 0; i < weight.size(); ++i) weight.set(i, random.uniform(1.0f, 2.0f));
+      x.set(0 * 50 + 49, -kInf);
+      weight.set(3 * 50 + 8, NAN);
+      weight.set(4 * 50 + 17, kInf);
+      const Floats y = multiply(x, weight, nullptr, c);
+      std::int64_t wrong = 0;
+      for (std::int64_t i = 0; i < y.size(); ++i) {
+        const bool first = i / 40 == 0;
+        const std::int64_t o = i % 40;
+        if (o == 3 || (o == 4 && first))
+          wrong += !std::isnan(y.get(i));
+        else if (o == 4)
+          wrong += y.get(i) != kInf;
+        else
+          wrong += first ? y.get(i) != -kInf : !std::isfinite(y.get(i));
+      }
+      INFO(isa << " " << rows << " rows");
+      CHECK(wrong == 0);
+    }
+  }
+}
+
+TEST_CASE("matmul: wrong arguments are refused in a sentence") {
+  Floats x(DType::f32, 6), half(DType::f16, 6), weight(DType::f16, 12), y(DType::f32, 8), bias(DType::f32, 3);
+  const auto refused = [&](const TensorView& x_view, const TensorView& weight_view, const TensorView* bias_view,
+                           const TensorView& y_view) {
+    return input_error_of([&] { matmul(x_view, weight_view, bias_view, y_view); });
+  };
+  const TensorView good_x = x.matrix(2, 3), good = weight.matrix(4, 3), good_y = y.matrix(2, 4);
+  const TensorView short_bias = bias.vector(), matrix_bias = bias.matrix(1, 3), half_bias = half.vector();
+  TensorView columns = weight.matrix(3, 4);
+  std::swap(columns.shape[0], columns.shape[1]);
+  std::swap(columns.strides[0], columns.strides[1]);
+  CHECK(refused(good_x, good, nullptr, good_y).empty());
+  CHECK(refused(half.matrix(2, 3), good, nullptr, good_y) == "matmul: x is float16; expected float32.");
+  CHECK(refused(x.vector(), good, nullptr, good_y) == "matmul: x has shape [6]; expected a matrix.");
+  CHECK(refused(x.matrix(3, 2), good, nullptr, good_y) == "matmul: x has 2 features; the weight takes 3.");
+  CHECK(refused(good_x, columns, nullptr, good_y).find("matmul: the rows of weight are not contiguous") == 0);
+  CHECK(refused(good_x, good, nullptr, y.matrix(4, 2)) == "matmul: y has shape [4, 2]; expected [2, 4].");
+  CHECK(refused(good_x, good, &short_bias, good_y) == "matmul: bias has shape [3]; expected [4].");
+  CHECK(refused(good_x, good, &matrix_bias, good_y) == "matmul: bias has shape [1, 3]; expected [4].");
+  CHECK(refused(good_x, good, &half_bias, good_y) == "matmul: bias is float16; expected float32.");
+}
+
+}  // namespace qtale::test
