@@ -1,0 +1,112 @@
+#include "tiny_decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace qtale::test {
+namespace {
+
+constexpr std::int64_t kHidden = 96, kBetween = 160, kHeads = 6, kKvHeads = 2, kHeadDim = 16;
+
+}  // namespace
+
+TensorView TinyDecoder::vector(std::int64_t size, float mean, float sigma) {
+  Floats& values = floats_.emplace_back(DType::f32, size);
+  for (std::int64_t i = 0; i < size; ++i) values.set(i, mean + sigma * random_.normal());
+  return values.vector();
+}
+
+TensorView TinyDecoder::dense(std::int64_t rows, std::int64_t cols, DType dtype, float sigma) {
+  return floats_.emplace_back(normal_floats(random_, dtype, rows * cols, sigma)).matrix(rows, cols);
+}
+
+Matrix TinyDecoder::matrix(std::int64_t out, std::int64_t in, int num_bits) {
+  const float sigma = 1.0F / std::sqrt(static_cast<float>(in));
+  if (!options_.packed) return {dense(out, in, DType::f16, sigma), vector(out, 0.0F, 0.1F)};
+  const Floats weight = normal_floats(random_, DType::f32, out * in, sigma);
+  packed_.push_back(prepacked(quantized(weight, {out, in, in / 32, num_bits, true, DType::f16})));
+  return {view(packed_.back()), std::nullopt};
+}
+
+Router TinyDecoder::router(std::int64_t width) {
+  Router router;
+  router.w1 = dense(width, kHidden, DType::f32, 0.3F);
+  if (width == 1) return router;
+  router.bias1 = vector(width, 0.0F, 0.1F);
+  router.norm = vector(width, 1.0F, 0.1F);
+  router.w2 = dense(2, width, DType::f32, 1.0F);
+  router.bias2 = vector(2, 0.0F, 0.1F);
+  return router;
+}
+
+TinyDecoder::TinyDecoder(const Options& options) : options_(options), random_(options.seed) {
+  spec_.hidden_size = kHidden;
+  spec_.intermediate_size = kBetween;
+  spec_.num_heads = kHeads;
+  spec_.num_kv_heads = kKvHeads;
+  spec_.head_dim = kHeadDim;
+  spec_.vocab_size = kVocab;
+  spec_.context = 128;
+  spec_.attention_scale = 0.25F;
+  spec_.kv_dtype = options.kv_dtype;
+  spec_.kv_rule = options.kv_rule;
+  for (int i = 0; i < kHeadDim / 2; ++i) spec_.rope.inv_freq.push_back(std::pow(10.0F, -0.5F * static_cast<float>(i)));
+  spec_.embedding = dense(kVocab, kHidden, DType::f16, 1.0F);
+  spec_.final_norm = vector(kHidden, 1.0F, 0.1F);
+  for (std::size_t i = 0; i < options.layers; ++i) {
+    DecoderLayer layer;
+    layer.input_norm = vector(kHidden, 1.0F, 0.1F);
+    layer.post_norm = vector(kHidden, 1.0F, 0.1F);
+    if (i == 1) layer.q_norm = layer.k_norm = vector(kHeadDim, 1.0F, 0.1F);
+    const std::int64_t queries = kHeads * kHeadDim, keys = kKvHeads * kHeadDim;
+    layer.qkv = {matrix(queries, kHidden, 4), matrix(2 * keys, kHidden, 8)};
+    layer.o = {matrix(kHidden, queries, 4)};
+    layer.gate_up = {matrix(2 * kBetween, kHidden, 3)};
+    layer.down = {matrix(kHidden, kBetween, 4)};
+    layer.window = options.window;
+    if (options.routers && i > 0) layer.router = router(i == 1 ? 7 : 1);
+    spec_.layers.push_back(layer);
+  }
+  spec_.head = matrix(kVocab, kHidden, 8);
+}
+
+std::vector<std::int32_t> random_tokens(std::uint64_t seed, std::size_t count) {
+  Random random(seed);
+  std::vector<std::int32_t> tokens(count);
+  for (std::int32_t& token : tokens) token = random.integer(0, kVocab - 1);
+  return tokens;
+}
+
+Logits run(Decoder& decoder, const std::vector<Segment>& segments) {
+  std::size_t rows = 0;
+  for (const Segment& segment : segments) rows += segment.tokens.size();
+  std::vector<std::int64_t> keep(rows);
+  std::iota(keep.begin(), keep.end(), 0);
+  Logits out{static_cast<std::int64_t>(rows), Lines<float>(rows * kVocab)};
+  decoder.forward(segments, keep, TensorView::matrix(out.values.data(), DType::f32, out.rows, kVocab));
+  return out;
+}
+
+Logits run_alone(Decoder& decoder, std::span<const std::int32_t> tokens, std::size_t chunk) {
+  const std::int64_t sequence = decoder.add_sequence();
+  Logits all;
+  for (std::size_t begin = 0; begin < tokens.size(); begin += chunk) {
+    const Logits part = run(decoder, {{sequence, -1, tokens.subspan(begin, std::min(chunk, tokens.size() - begin))}});
+    all.rows += part.rows;
+    all.values.insert(all.values.end(), part.values.begin(), part.values.end());
+  }
+  decoder.remove_sequence(sequence);
+  return all;
+}
+
+std::int64_t different_rows(const Logits& a, std::int64_t begin, const Logits& b, std::int64_t b_begin,
+                            std::int64_t count) {
+  std::int64_t different = 0;
+  for (std::int64_t r = 0; r < count; ++r)
+    different += std::memcmp(a.row(begin + r), b.row(b_begin + r), kVocab * sizeof(float)) != 0;
+  return different;
+}
+
+}  // namespace qtale::test
