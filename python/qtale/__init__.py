@@ -12,6 +12,7 @@ from qtale.spec import QuantSpec
 if TYPE_CHECKING:
     from qtale import demo, doctor, memory, nn, ops, planner
     from qtale.deployment.deploy import Deployment, deploy
+    from qtale.engine.engine import Engine, load
     from qtale.importance.options import MeasureOptions
     from qtale.integrations.measure import measure
     from qtale.integrations.transformers import load_torch
@@ -25,6 +26,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "Deployment": "qtale.deployment.deploy",
     "deploy": "qtale.deployment.deploy",
+    "Engine": "qtale.engine.engine",
+    "load": "qtale.engine.engine",
     "quantize": "qtale.ptq.pipeline",
     "load_torch": "qtale.integrations.transformers",
     "measure": "qtale.integrations.measure",
@@ -37,6 +40,7 @@ _LAZY_MODULES = ("demo", "doctor", "memory", "nn", "ops", "planner")
 __all__ = [
     "CheckpointError",
     "Deployment",
+    "Engine",
     "Error",
     "InputError",
     "MeasureOptions",
@@ -47,6 +51,7 @@ __all__ = [
     "deploy",
     "doctor",
     "inspect",
+    "load",
     "load_torch",
     "measure",
     "memory",

@@ -90,7 +90,13 @@ def read_header(path: Path) -> Shard:
 def read_raw(path: Path, info: TensorInfo) -> npt.NDArray[np.uint8]:
     """The bytes of one tensor as uint8 [nbytes]; raises CheckpointError where the file changed or cannot be read."""
     raw = np.empty(info.nbytes, dtype=np.uint8)
-    view = raw.data
+    read_into(path, info, raw)
+    return raw
+
+
+def read_into(path: Path, info: TensorInfo, target: npt.NDArray[np.uint8]) -> None:
+    """Read the bytes of one tensor into ``target``, uint8 [nbytes] and contiguous; raises as :func:`read_raw` does."""
+    view = target.data
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(info.start)
@@ -102,7 +108,6 @@ def read_raw(path: Path, info: TensorInfo) -> npt.NDArray[np.uint8]:
                 done += count
     except OSError as error:
         raise CheckpointError(f"{path}: {info.name!r} cannot be read: {error.strerror or error}.") from error
-    return raw
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:

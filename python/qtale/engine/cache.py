@@ -1,0 +1,137 @@
+"""The arena on disk: one safetensors file that a second load reads as it is.
+
+A file belongs to one model (its fingerprint), kernel layout and choice of options; anything that does not fit, or whose
+sums differ, is ignored and written anew. A cache takes as much of the disk as the model takes of the memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qtale import _core
+from qtale.checkpoint.folder import ModelFolder
+from qtale.checkpoint.identity import fingerprint
+from qtale.checkpoint.safetensors import Shard, read_header
+from qtale.checkpoint.writer import ShardWriter, TensorShape
+from qtale.engine.arena import Arena
+from qtale.engine.layout import Layout
+from qtale.errors import CheckpointError, InputError
+
+_logger = logging.getLogger("qtale")
+
+VERSION = 1
+AUTO = "auto"
+_TENSOR = "arena"
+# Small enough that a piece is summed while it lies in the processor's cache.
+_PIECE = 1 << 20
+
+
+def cache_folder(cache: str | Path) -> Path:
+    """The folder of a choice: ``"auto"`` is "engine" in qtale's part of HuggingFace's asset cache.
+
+    Raises InputError where a folder that was given does not exist and cannot be made.
+    """
+    if cache == AUTO:
+        import huggingface_hub
+
+        return Path(huggingface_hub.cached_assets_path("qtale", "engine", str(VERSION)))
+    folder = Path(cache).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cache {str(cache)!r}: the folder cannot be made: {error.strerror or error}.") from error
+    return folder
+
+
+class PackedCache:
+    """The file of one model and layout in a cache folder."""
+
+    def __init__(self, cache: str | Path, folder: ModelFolder, layout: Layout) -> None:
+        described = json.dumps(layout.describe()).encode()
+        self._metadata = {
+            "format": f"qtale-engine-{VERSION}",
+            "model": fingerprint(folder),
+            "kernels": _core.cpu_isa(),
+            "layout": hashlib.sha256(described).hexdigest(),
+        }
+        key = hashlib.sha256(json.dumps(self._metadata).encode()).hexdigest()
+        # Named after the options too, so that two ways to load one model do not throw each other out.
+        self.path = cache_folder(cache) / f"{key[:32]}.safetensors"
+
+    def read(self, arena: Arena) -> bool:
+        """Fill the arena; False where there is no file that fits, which the log then explains."""
+        if not self.path.is_file():
+            return False
+        try:
+            shard = read_header(self.path)
+            self._check(shard, arena)
+            found = _read_summed(shard, arena.bytes)
+            if found != shard.metadata["sums"]:
+                raise CheckpointError(f"{self.path}: its sums differ.")
+        except (CheckpointError, OSError) as error:
+            _logger.warning("the packed weights in the cache are not used and written anew: %s", error)
+            return False
+        return True
+
+    def write(self, arena: Arena) -> None:
+        """Write the file whole; where that fails, the log says so and nothing is left behind."""
+        temporary = None
+        try:
+            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent)
+            os.close(handle)
+            temporary = Path(name)
+            metadata = {**self._metadata, "sums": _sums(arena.bytes)}
+            with ShardWriter(temporary, [TensorShape(_TENSOR, "U8", (arena.nbytes,))], metadata) as writer:
+                writer.write(_TENSOR, arena.bytes)
+            temporary.replace(self.path)
+        except OSError as error:
+            _logger.warning("the packed weights are not kept for the next load: %s", error)
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+    def _check(self, shard: Shard, arena: Arena) -> None:
+        info = shard.tensors.get(_TENSOR)
+        if info is None or info.dtype != "U8" or info.shape != (arena.nbytes,) or "sums" not in shard.metadata:
+            raise CheckpointError(f"{self.path}: does not hold {arena.nbytes} bytes of packed weights.")
+        for key, value in self._metadata.items():
+            if shard.metadata.get(key) != value:
+                raise CheckpointError(f"{self.path}: its {key} is another one.")
+
+
+def _read_summed(shard: Shard, target: npt.NDArray[np.uint8]) -> str:
+    """Read the tensor into ``target`` and return its sums."""
+    sums = []
+    with shard.path.open("rb", buffering=0) as file:
+        file.seek(shard.tensors[_TENSOR].start)
+        for start in range(0, target.size, _PIECE):
+            piece = target[start : start + _PIECE]
+            done = 0
+            while done < piece.size:
+                count = file.readinto(piece.data[done:])
+                if not count:
+                    raise CheckpointError(f"{shard.path}: ended early.")
+                done += count
+            sums.append(_sum(piece))
+    return _digest(sums)
+
+
+def _sums(data: npt.NDArray[np.uint8]) -> str:
+    return _digest([_sum(data[start : start + _PIECE]) for start in range(0, data.size, _PIECE)])
+
+
+def _sum(piece: npt.NDArray[np.uint8]) -> int:
+    whole = piece.size // 8 * 8
+    return int(piece[:whole].view(np.uint64).sum(dtype=np.uint64)) ^ int(piece[whole:].sum(dtype=np.uint64))
+
+
+def _digest(sums: list[int]) -> str:
+    return hashlib.sha256(np.array(sums, dtype=np.uint64).tobytes()).hexdigest()

@@ -1,0 +1,166 @@
+"""A loaded decoder: the arena of its weights, and the core's Decoder over them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtale import _core
+from qtale.checkpoint.folder import ModelFolder
+from qtale.engine.arena import Arena, memory_of
+from qtale.engine.cache import PackedCache
+from qtale.engine.layout import Block, Layout, WeightOptions, plan_layout
+from qtale.engine.spec import DecoderSpec, read_spec
+from qtale.engine.weights import check_memory, read_weights
+from qtale.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from qtale.tensors import Memory
+
+    Part = tuple[Memory, Memory | None]
+
+_logger = logging.getLogger("qtale")
+
+COMPUTE = ("int8", "float")
+KV_DTYPES = ("auto", "float16", "float32")
+_MAX_CONTEXT = 1 << 30
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a decoder runs; see :func:`qtale.load`."""
+
+    compute: str = "int8"
+    context: int | None = None
+    kv_dtype: str = "auto"
+    kv_rule: str = "evict"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.compute not in COMPUTE:
+            raise InputError(f"load: compute {self.compute!r} is not known; use 'int8' or 'float'.")
+        if self.kv_dtype not in KV_DTYPES:
+            raise InputError(f"load: kv_dtype {self.kv_dtype!r} is not known; use {', '.join(KV_DTYPES)}.")
+        if self.context is not None and not (type(self.context) is int and 0 < self.context <= _MAX_CONTEXT):
+            raise InputError(f"load: context {self.context!r} must be a number of tokens from 1 to {_MAX_CONTEXT}.")
+        if self.num_threads is not None and not (type(self.num_threads) is int and self.num_threads > 0):
+            raise InputError(f"load: num_threads {self.num_threads!r} must be 1 or more, or None.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did: bytes of the weights in memory, seconds, and whether they came from the cache."""
+
+    weights_bytes: int
+    seconds: float
+    from_cache: bool
+
+
+class LoadedModel:
+    """Weights and decoder of one folder; the arena lives as long as this does."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        weights: WeightOptions,
+        options: LoadOptions,
+        cache: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        start = time.perf_counter()
+        where = str(folder.path)
+        self.spec: DecoderSpec = read_spec(folder.config, where)
+        self.layout: Layout = plan_layout(folder, self.spec, weights)
+        self.options = options
+        self.context = options.context or self.spec.positions
+        if self.context > self.spec.positions and not self.spec.rope.dynamic_length:
+            _logger.warning(
+                "%s: context %d is beyond the %d positions the model was made for", where, self.context,
+                self.spec.positions,
+            )  # fmt: skip
+        kept = PackedCache(cache, folder, self.layout) if cache is not None else None
+        check_memory(self.layout, where)
+        self.arena = Arena(self.layout.nbytes)
+        from_cache = kept is not None and kept.read(self.arena)
+        if not from_cache:
+            read_weights(folder, self.layout, self.arena, progress)
+            if kept is not None:
+                kept.write(self.arena)
+        self.decoder = self._decoder(where)
+        self.report = LoadReport(self.layout.nbytes, time.perf_counter() - start, from_cache)
+
+    @property
+    def kv_dtype(self) -> str:
+        """What keys and values are kept in."""
+        if self.options.kv_dtype != "auto":
+            return self.options.kv_dtype
+        return "float32" if self.layout.blocks["embedding"].sources[0].dtype == "float32" else "float16"
+
+    def _decoder(self, where: str) -> _core.Decoder:
+        try:
+            decoder = _core.Decoder(
+                self._config(),
+                self._memory("embedding"),
+                self._memory("final_norm"),
+                self._parts("head")[0],
+                [self._layer(index) for index in range(self.spec.num_layers)],
+            )
+        except InputError as error:
+            raise CheckpointError(f"{where}: its weights give no decoder: {error}") from error
+        decoder.set_num_threads(self.options.num_threads or 0)
+        return decoder
+
+    def _config(self) -> dict[str, Any]:
+        spec, rope = self.spec, self.spec.rope
+        return {
+            "hidden_size": spec.hidden_size,
+            "intermediate_size": spec.intermediate_size,
+            "num_heads": spec.num_heads,
+            "num_kv_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "vocab_size": spec.vocab_size,
+            "context": self.context,
+            "norm_eps": spec.norm_eps,
+            "attention_scale": spec.head_dim**-0.5,
+            "inv_freq": list(rope.inv_freq),
+            "attention_factor": rope.attention_factor,
+            "dynamic_base": rope.dynamic_base,
+            "dynamic_factor": rope.dynamic_factor,
+            "dynamic_length": rope.dynamic_length,
+            "compute": self.options.compute,
+            "kv_dtype": self.kv_dtype,
+            "kv_rule": self.options.kv_rule,
+        }
+
+    def _layer(self, index: int) -> dict[str, Any]:
+        at = f"layers.{index}"
+        layer: dict[str, Any] = {
+            "input_norm": self._memory(f"{at}.input_norm"),
+            "post_norm": self._memory(f"{at}.post_norm"),
+            "window": self.spec.windows[index],
+            # Routers come from side files; a model without them runs every layer.
+            "router": None,
+        }
+        if self.spec.qk_norm:
+            layer |= {name: self._memory(f"{at}.{name}") for name in ("q_norm", "k_norm")}
+        return layer | {name: self._parts(f"{at}.{name}") for name in ("qkv", "o", "gate_up", "down")}
+
+    def _parts(self, projection: str) -> list[Part]:
+        named = self.layout.projections[projection]
+        return [(self._memory(weight), None if bias is None else self._memory(bias)) for weight, bias in named]
+
+    def _memory(self, name: str) -> Memory:
+        block = self.layout.blocks[name]
+        return memory_of(self.arena.view(block.offset, block.nbytes), *_form(block))
+
+
+def _form(block: Block) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of a block as the core sees it."""
+    if block.vectors:
+        return "float32", (block.nbytes // 4,)
+    if block.sources[0].spec is not None:
+        return "uint8", (block.nbytes,)
+    return block.sources[0].dtype, (block.rows, block.cols)

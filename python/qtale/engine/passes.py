@@ -1,0 +1,135 @@
+"""Calls of the core's Decoder with numpy memory, one at a time, and the sequences that they run on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from qtale.engine.arena import memory_of
+from qtale.errors import InputError
+
+if TYPE_CHECKING:
+    from qtale import _core
+
+Segment = tuple[int, int, int]
+Floats = npt.NDArray[np.float32]
+
+# Rows of one forward call: enough to keep the kernels busy, few enough to stay in caches and to stop soon.
+PASS_TOKENS = 512
+
+
+@dataclass
+class CallReport:
+    """What one call of an engine ran: ``tokens`` entered, of which each layer ``executed`` its number.
+
+    ``kv_bytes`` is the most that keys and values took by layer, seen at the ends of passes.
+    """
+
+    tokens: int = 0
+    passes: int = 0
+    executed: list[int] = field(default_factory=list)
+    kv_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def execution_ratio(self) -> list[float]:
+        """Share of the tokens that each layer executed; 1 where nothing ran."""
+        return [count / self.tokens if self.tokens else 1.0 for count in self.executed]
+
+
+class Passes:
+    """The decoder behind a lock that is held for one pass at a time, so that threads take turns."""
+
+    def __init__(self, decoder: _core.Decoder, vocab_size: int, context: int) -> None:
+        self._decoder: _core.Decoder | None = decoder
+        self.vocab_size = vocab_size
+        self.context = context
+        self.lock = threading.RLock()
+
+    @property
+    def decoder(self) -> _core.Decoder:
+        """The core's Decoder; InputError where the engine is closed."""
+        if self._decoder is None:
+            raise InputError("the engine is closed; load the model again.")
+        return self._decoder
+
+    def close(self) -> None:
+        """Let go of the decoder and its caches."""
+        with self.lock:
+            self._decoder = None
+
+    @contextmanager
+    def sequences(self, count: int) -> Iterator[list[int]]:
+        """New sequences that are removed at the end."""
+        found: list[int] = []
+        try:
+            found.extend(self.add() for _ in range(count))
+            yield found
+        finally:
+            for sequence in found:
+                self.remove(sequence)
+
+    def add(self) -> int:
+        """A new empty sequence."""
+        with self.lock:
+            return int(self.decoder.add_sequence())
+
+    def remove(self, sequence: int) -> None:
+        """Forget a sequence; nothing happens on a closed engine."""
+        with self.lock:
+            if self._decoder is not None:
+                self._decoder.remove_sequence(sequence)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget a sequence's tokens from ``length`` on."""
+        with self.lock:
+            self.decoder.truncate(sequence, length)
+
+    def forward(
+        self, segments: Sequence[Segment], tokens: Sequence[int], keep: Sequence[int], report: CallReport
+    ) -> Floats:
+        """Logits [kept, vocab] after the rows ``keep`` (ascending) of all segments' tokens."""
+        ids, rows = np.asarray(tokens, dtype=np.int32), np.asarray(keep, dtype=np.int64)
+        logits = np.empty((len(rows), self.vocab_size), dtype=np.float32)
+        with self.lock:
+            self.decoder.forward(
+                list(segments), memory_of(ids, "int32"), memory_of(rows, "int64"), memory_of(logits, "float32")
+            )
+            self._note(report)
+        return logits
+
+    def score(
+        self,
+        segments: Sequence[Segment],
+        tokens: Sequence[int],
+        keep: npt.NDArray[np.int64],
+        targets: npt.NDArray[np.int32],
+        report: CallReport,
+    ) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Log-probability of a target after each row of ``keep`` (ascending, may repeat); whether it is the best."""
+        ids = np.asarray(tokens, dtype=np.int32)
+        values, best = np.empty(len(keep), dtype=np.float32), np.empty(len(keep), dtype=np.uint8)
+        with self.lock:
+            self.decoder.score(
+                list(segments),
+                memory_of(ids, "int32"),
+                memory_of(keep, "int64"),
+                memory_of(targets, "int32"),
+                memory_of(values, "float32"),
+                memory_of(best, "uint8"),
+            )
+            self._note(report)
+        return values, best.astype(bool)
+
+    def _note(self, report: CallReport) -> None:
+        tokens, executed = self.decoder.report()
+        kv_bytes = self.decoder.kv_bytes()
+        report.tokens += tokens
+        report.passes += 1
+        report.executed = [a + b for a, b in zip(report.executed or [0] * len(executed), executed, strict=True)]
+        report.kv_bytes = [max(a, b) for a, b in zip(report.kv_bytes or kv_bytes, kv_bytes, strict=True)]
