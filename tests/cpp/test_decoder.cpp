@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "catch.h"
+#include "qtale/decoder_ops.h"
 #include "tiny_decoder.h"
 
 namespace qtale::test {
