@@ -59,6 +59,7 @@ class PackedCache:
         self._metadata = {
             "format": f"qtale-engine-{VERSION}",
             "model": fingerprint(folder),
+            "files": _file_times(folder),
             "kernels": _core.cpu_isa(),
             "layout": hashlib.sha256(described).hexdigest(),
         }
@@ -105,6 +106,12 @@ class PackedCache:
         for key, value in self._metadata.items():
             if shard.metadata.get(key) != value:
                 raise CheckpointError(f"{self.path}: its {key} is another one.")
+
+
+def _file_times(folder: ModelFolder) -> str:
+    """Changes when a shard is written again, of which a fingerprint samples a few bytes only."""
+    states = [(shard.path.name, shard.path.stat()) for shard in folder.shards]
+    return hashlib.sha256(json.dumps([[name, s.st_size, s.st_mtime_ns] for name, s in states]).encode()).hexdigest()
 
 
 def _read_summed(shard: Shard, target: npt.NDArray[np.uint8]) -> str:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
 from qtale.checkpoint.folder import open_folder
+from qtale.engine.generate import Batch, Generation, Piece, make_tracks
+from qtale.engine.inputs import Inputs, Prompt, token_of
 from qtale.engine.layout import WeightOptions
 from qtale.engine.model import LoadedModel, LoadOptions, LoadReport
 from qtale.engine.passes import PASS_TOKENS, CallReport, Passes
+from qtale.engine.sampling import Sampling, token_sources
+from qtale.engine.score import loglikelihoods
+from qtale.engine.session import Session
 from qtale.engine.tokenizer import TOKENIZER_FILE, Tokenizer, end_tokens
 from qtale.errors import InputError
 from qtale.memory.sizes import human_bytes
 from qtale.spec import QuantSpec
 
+PERPLEXITY_WINDOW = 2048
 Floats = npt.NDArray[np.float32]
 
 
@@ -80,8 +87,8 @@ class Engine:
         self, model: LoadedModel, path: Path, tokenizer: Tokenizer | None, ends: frozenset[int] = frozenset()
     ) -> None:
         self._model: LoadedModel | None = model
-        self._tokenizer = tokenizer
         self._passes = Passes(model.decoder, model.spec.vocab_size, model.context)
+        self._inputs = Inputs(path, tokenizer, model.spec.vocab_size, model.context, ends)
         self._theta = 0.5
         self.path = path
         self.spec = model.spec
@@ -93,13 +100,11 @@ class Engine:
     @property
     def tokenizer(self) -> Tokenizer:
         """The folder's tokenizer; InputError where it has none."""
-        if self._tokenizer is None:
-            raise InputError(f"{self.path}: has no {TOKENIZER_FILE}, so the engine takes token ids only.")
-        return self._tokenizer
+        return self._inputs.tokenizer
 
-    def logits(self, ids: Sequence[int] | str) -> Floats:
+    def logits(self, ids: Prompt) -> Floats:
         """Logits [n, vocab] after each of n tokens (or of a text's tokens); raises InputError for wrong ids."""
-        tokens = self.tokens_of(ids)
+        tokens = self._inputs.tokens_of(ids)
         report = CallReport()
         parts = []
         with self._passes.sequences(1) as (sequence,):
@@ -109,23 +114,92 @@ class Engine:
         self.report = report
         return np.concatenate(parts)
 
-    def tokens_of(self, prompt: Sequence[int] | str) -> list[int]:
-        """Checked token ids of a text or of ids; InputError where they are empty, unknown or too many."""
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [_token(token) for token in prompt]
-        self._check_tokens(tokens)
-        return tokens
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] | None = None,
+        ignore_end: bool = False,
+        stream: bool = False,
+    ) -> Generation | list[Generation] | Iterator[Piece]:
+        """Continue one prompt (a text or a list of token ids) or several (a list of these).
 
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        if not tokens:
-            raise InputError("the prompt is empty; give at least one token (a text that begins a document: '\\n').")
-        wrong = next((token for token in tokens if not 0 <= token < self.spec.vocab_size), None)
-        if wrong is not None:
-            raise InputError(f"token id {wrong} is not known; this model has ids from 0 to {self.spec.vocab_size - 1}.")
-        if len(tokens) > self.context:
-            raise InputError(
-                f"the prompt has {len(tokens)} tokens, and the context holds {self.context}; shorten it, or load with "
-                "a larger context."
-            )
+        ``temperature`` 0 is greedy; see :class:`qtale.engine.sampling.Sampling` for it and the filters after it.
+        ``max_new_tokens`` is by default what the context leaves, at most 256. Texts end before the first ``stop``
+        string, and with an end token of the model unless ``ignore_end``. The same ``seed`` draws the same tokens:
+        sequence i of a call takes the numbers of (seed, i); a list of seeds gives each prompt what it draws alone.
+
+        Returns a :class:`Generation` (``tokens``, ``text``, ``finish_reason``; ``print`` shows the text), or a list of
+        them in the prompts' order. With ``stream`` returns an iterator of text pieces instead, which know the
+        number of their ``prompt``; leaving it early frees what it holds. Prompts of a call are read and continued in
+        common passes, each getting what it would get alone. Raises InputError for empty prompts, unknown token ids,
+        prompts that leave no room in the context, and values that are not accepted.
+        """
+        options = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        tokens, single = self._inputs.prompts(prompts)
+        tracks = make_tracks(self._inputs, tokens, max_new_tokens, stop, ignore_end)
+        batch = Batch(self._passes, tracks, token_sources(len(tracks), seed), options)
+        if stream:
+            return self._streamed(batch)
+        for _ in self._streamed(batch):
+            pass
+        results = [track.result() for track in tracks]
+        return results[0] if single else results
+
+    def _streamed(self, batch: Batch) -> Iterator[Piece]:
+        try:
+            yield from batch.run()
+        finally:
+            self.report = batch.report
+
+    def session(self) -> Session:
+        """A sequence that keeps its cache: prompts that begin as the last one did read only what is new."""
+        return Session(self._passes, self._inputs)
+
+    def loglikelihood(
+        self, requests: Sequence[tuple[Prompt, Prompt]], progress: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding gives it) of each (context, continuation).
+
+        Pairs of texts are split into tokens as lm-eval does: spaces that end the context go to the continuation. An
+        empty context text is the model's first token (BOS, else an end token). Contexts that begin alike run what they
+        share once, whatever the order of the requests. Natural logarithms, summed over the continuation's tokens.
+        Raises InputError for empty parts and for pairs longer than the context.
+        """
+        pairs = [self._inputs.pair(context, continuation) for context, continuation in requests]
+        report = CallReport()
+        total = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
+        with tqdm(total=total, desc="scoring", unit="token", delay=1, disable=not progress) as bar:
+            answers = loglikelihoods(self._passes, pairs, report, bar.update)
+        self.report = report
+        return answers
+
+    def perplexity(self, text: Prompt, window: int | None = None, progress: bool = False) -> float:
+        """exp of the mean negative log-likelihood over whole windows that do not overlap.
+
+        As GPTQ and its followers measure it (https://arxiv.org/abs/2210.17323): windows of ``window`` tokens (default
+        2048, or the context where that is less), no BOS is added, each window starts anew and its first token is not
+        predicted. What is left after the last window is dropped; a text shorter than one is a window by itself. Raises InputError for fewer than two tokens or a window beyond the context.
+        """
+        window = min(PERPLEXITY_WINDOW, self.context) if window is None else window
+        if not (isinstance(window, int) and 2 <= window <= self.context):
+            raise InputError(f"perplexity: window {window!r} must be from 2 to the context of {self.context} tokens.")
+        if isinstance(text, str):
+            text = self.tokenizer.encode(text, add_special_tokens=False)
+        tokens = [token_of(token) for token in text]
+        if len(tokens) < 2:
+            raise InputError(f"perplexity: {len(tokens)} tokens are too few; two or more are needed.")
+        window = min(window, len(tokens))
+        starts = range(0, len(tokens) - window + 1, window)
+        answers = self.loglikelihood([(tokens[at : at + 1], tokens[at + 1 : at + window]) for at in starts], progress)
+        return math.exp(-math.fsum(value for value, _ in answers) / (len(starts) * (window - 1)))
 
     @property
     def theta(self) -> float:
@@ -173,9 +247,3 @@ class Engine:
             f"Engine({self.path.name}: {spec.model_type}, {spec.num_layers} layers of {spec.hidden_size}, "
             f"context {self.context}, {state})"
         )
-
-
-def _token(value: Any) -> int:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return int(value)
-    raise InputError(f"token id {value!r} is no integer; give a text, or a list of token ids.")

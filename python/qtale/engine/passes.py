@@ -90,6 +90,11 @@ class Passes:
         with self.lock:
             self.decoder.truncate(sequence, length)
 
+    def length(self, sequence: int) -> int:
+        """Tokens that a sequence holds; 0 on a closed engine."""
+        with self.lock:
+            return 0 if self._decoder is None else int(self._decoder.length(sequence))
+
     def forward(
         self, segments: Sequence[Segment], tokens: Sequence[int], keep: Sequence[int], report: CallReport
     ) -> Floats:

@@ -28,12 +28,16 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _optional_json(folder / CONFIG_FILE)
-        self.bos_token = _token_text(self.config.get("bos_token"))
-        self.eos_token = _token_text(self.config.get("eos_token"))
+        self.bos_token = self.special("bos_token")
+        self.eos_token = self.special("eos_token")
         self._backend = _read_backend(folder)
         self._add_named_tokens()
         if {"add_bos_token", "add_eos_token"} & self.config.keys() or self._backend.post_processor is None:
             self._set_post_processor()
+
+    def special(self, name: str) -> str | None:
+        """The text of ``bos_token``, ``eos_token`` …, None where tokenizer_config.json has none."""
+        return _token_text(self.config.get(name))
 
     @property
     def vocab_size(self) -> int:
@@ -65,7 +69,7 @@ class Tokenizer:
     def _add_named_tokens(self) -> None:
         from tokenizers import AddedToken
 
-        named = [_token_text(self.config.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")]
+        named = [self.special(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
         missing = [token for token in named if token and self._backend.token_to_id(token) is None]
         self._backend.add_special_tokens([AddedToken(token, special=True) for token in dict.fromkeys(missing)])
 
