@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qtale.errors import InputError
-from qtale.eval.options import DEMO, SEEDS, EvalOptions
+from qtale.eval.options import BACKENDS, DEMO, SEEDS, EvalOptions
 from qtale.spec import QuantSpec
 
 NAME = "eval"
@@ -45,6 +45,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="default", help="default: float32 on CPU"
     )
+    add("--backend", choices=BACKENDS, default="auto", help="C++ engine, torch, or the engine where it can (auto)")
+    add("--lm-head-bits", type=int, choices=(4, 8), help="quantize the head too (engine)")
+    add("--threads", type=int, metavar="N", help="of the engine (default: all)")
     add("--device", default="cpu", help="torch device (default cpu)")
     add("--batch_size", "-b", default="auto", metavar="N|auto", help="sequences a pass (default auto)")
     add("--max_length", type=int, metavar="N", help="longest input in tokens (default: the model's)")

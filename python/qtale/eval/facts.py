@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qtale.integrations.engine_lm import EngineLM
     from qtale.integrations.lm_eval import QtaleLM
     from qtale.spec import QuantSpec
 
@@ -26,7 +27,7 @@ def size_facts(folder: Path, spec: QuantSpec | None) -> dict[str, Any]:
     }
 
 
-def speed_facts(lm: QtaleLM) -> dict[str, Any]:
+def speed_facts(lm: EngineLM | QtaleLM) -> dict[str, Any]:
     """Throughput of log-likelihood requests; tokens are those that went through the model, shared ones once."""
     seconds = lm.seconds or float("nan")
     return {

@@ -9,6 +9,7 @@ from qtale.errors import InputError
 from qtale.spec import QuantSpec
 
 DEMO = "demo"
+BACKENDS = ("auto", "engine", "torch")
 # lm-eval's defaults: Python's random, numpy, torch, and the choice of few-shot examples.
 SEEDS = (0, 1234, 1234, 1234)
 
@@ -19,6 +20,8 @@ class EvalOptions:
 
     ``spec`` quantizes a dense model in memory. ``baseline`` scores a dense model too: "" the one that is quantized in
     memory, else a folder or hub name. ``limit`` is a number of documents a task, below 1 a share of them.
+    ``backend`` is "engine" (C++), "torch", or "auto": the engine where it runs the model as asked. ``lm_head_bits`` and
+    ``threads`` are the engine's.
     ``perplexity_windows`` bounds the windows of wikitext's perplexity (default: ``limit`` if it is a number, else all).
     """
 
@@ -27,6 +30,9 @@ class EvalOptions:
     spec: QuantSpec | None = None
     baseline: str | None = None
     compute: str = "int8"
+    backend: str = "auto"
+    lm_head_bits: int | None = None
+    threads: int | None = None
     dtype: str = "default"
     device: str = "cpu"
     data: str = "auto"
@@ -47,6 +53,9 @@ class EvalOptions:
     perplexity_windows: int | None = None
 
     def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InputError(f"--backend {self.backend!r}: is not known; use {', '.join(BACKENDS)}.")
+        self._check_positive("threads", self.threads)
         self._check_positive("limit", self.limit)
         self._check_positive("max_length", self.max_length)
         self._check_positive("perplexity_windows", self.perplexity_windows)

@@ -16,6 +16,7 @@ from qtale.eval.catalog import TASKS, WIKITEXT
 from qtale.eval.sources import Source
 
 if TYPE_CHECKING:
+    from qtale.integrations.engine_lm import EngineLM
     from qtale.integrations.lm_eval import QtaleLM
 
 logger = logging.getLogger("qtale")
@@ -52,7 +53,9 @@ def wikitext2(source: Source) -> str:
     return "".join(text or " \n" for text in rows["text"])
 
 
-def perplexity(lm: QtaleLM, text: str, windows: int | None = None, window_tokens: int = WINDOW) -> Perplexity:
+def perplexity(
+    lm: EngineLM | QtaleLM, text: str, windows: int | None = None, window_tokens: int = WINDOW
+) -> Perplexity:
     """Perplexity over the first ``windows`` (default all) windows of ``window_tokens`` tokens; no BOS is added.
 
     Raises InputError where the text is shorter than one window.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtale.errors import Error, InputError
+from qtale.eval.backend import engine_lm
 from qtale.eval.catalog import WIKITEXT
 from qtale.eval.facts import size_facts, speed_facts
 from qtale.eval.options import EvalOptions
@@ -21,7 +22,10 @@ from qtale.eval.sources import Source, choose
 from qtale.eval.tasks import opened_tasks, task_names
 
 if TYPE_CHECKING:
+    from qtale.integrations.engine_lm import EngineLM
     from qtale.integrations.lm_eval import QtaleLM
+
+    ScoringLM = EngineLM | QtaleLM
 
 logger = logging.getLogger("qtale")
 
@@ -131,10 +135,13 @@ class _Run:
         if WIKITEXT in self.names:
             window = min(WINDOW, lm.max_length)
             facts[WIKITEXT] = perplexity(lm, wikitext2(self.source), self.options.windows, window).to_json()
-        results["qtale"] = self._described(folder, spec) | facts
+        results["qtale"] = self._described(folder, spec) | {"backend": lm.backend_name} | facts
         return results
 
-    def _lm(self, folder: Path, spec: Any) -> QtaleLM:
+    def _lm(self, folder: Path, spec: Any) -> ScoringLM:
+        return engine_lm(self.options, folder, spec) or self._torch_lm(folder, spec)
+
+    def _torch_lm(self, folder: Path, spec: Any) -> QtaleLM:
         from qtale.integrations.lm_eval import QtaleLM
         from qtale.integrations.scoring_model import load_model, load_tokenizer, model_dtype
 
@@ -148,7 +155,7 @@ class _Run:
             max_length=options.max_length,
         )
 
-    def _simple_evaluate(self, lm: QtaleLM, folder: Path, spec: Any, tracker: Any) -> dict[str, Any]:
+    def _simple_evaluate(self, lm: ScoringLM, folder: Path, spec: Any, tracker: Any) -> dict[str, Any]:
         import lm_eval
 
         options = self.options

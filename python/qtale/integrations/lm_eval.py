@@ -57,6 +57,8 @@ class QtaleLM(HFLM):  # type: ignore[misc]
     Raises InputError, CheckpointError, UnsupportedError or NetworkError where the model cannot be loaded as asked.
     """
 
+    backend_name = "torch"
+
     def __init__(
         self,
         pretrained: str | Path | PreTrainedModel,
