@@ -186,7 +186,8 @@ class Engine:
 
         As GPTQ and its followers measure it (https://arxiv.org/abs/2210.17323): windows of ``window`` tokens (default
         2048, or the context where that is less), no BOS is added, each window starts anew and its first token is not
-        predicted. What is left after the last window is dropped; a text shorter than one is a window by itself. Raises InputError for fewer than two tokens or a window beyond the context.
+        predicted. What is left after the last window is dropped; a text shorter than one is a window by itself.
+        Raises InputError for fewer than two tokens or a window beyond the context.
         """
         window = min(PERPLEXITY_WINDOW, self.context) if window is None else window
         if not (isinstance(window, int) and 2 <= window <= self.context):

@@ -113,7 +113,9 @@ def _unpack(
     scale: npt.NDArray[Any],
     zero_point: npt.NDArray[np.int8] | None,
 ) -> None:
-    _core.unpack(memory_of(folder.numpy(f"{source.module}.{PACKED}"), "int32"), bits, memory_of(codes, "int8"))
+    # Named, so that it lives until the core has read it.
+    words = folder.numpy(f"{source.module}.{PACKED}")
+    _core.unpack(memory_of(words, "int32"), bits, memory_of(codes, "int8"))
     scale[...] = folder.raw(f"{source.module}.{SCALE}").view(scale.dtype).reshape(scale.shape)
     if zero_point is not None:
         packed = np.ascontiguousarray(folder.numpy(f"{source.module}.{ZERO_POINT}").T)
