@@ -40,7 +40,7 @@ def load(
     num_threads: int | None = None,
     context: int | None = None,
     kv_dtype: str = "auto",
-    kv_rule: str = "evict",
+    kv_rule: str | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Engine:
@@ -51,7 +51,8 @@ def load(
     read; ``lm_head_bits`` (8 or 4) rounds the head, which at small sizes is half of what each token reads. ``compute``
     is how quantized layers multiply: "int8" rounds activations to 8 bits (fast), "float" takes them as they are.
     ``context`` bounds the tokens of a sequence (default: max_position_embeddings). ``kv_dtype`` is "float16",
-    "float32", or "auto": float32 for models stored in it. ``num_threads`` is for this engine alone.
+    "float32", or "auto": float32 for models stored in it. ``kv_rule`` is what tokens that skip
+    a layer leave in it ("evict": nothing, "keep": keys and values; default: as the model's routing says). ``num_threads`` is for this engine alone.
 
     ``cache`` keeps the weights in the form that this CPU reads, which makes the next load as fast as reading them:
     "auto" in HuggingFace's asset cache, or a folder; by default nothing is written. A cache file is as large as the
@@ -89,7 +90,7 @@ class Engine:
         self._model: LoadedModel | None = model
         self._passes = Passes(model.decoder, model.spec.vocab_size, model.context)
         self._inputs = Inputs(path, tokenizer, model.spec.vocab_size, model.context, ends)
-        self._theta = 0.5
+        self._theta = model.routing.theta
         self.path = path
         self.spec = model.spec
         self.context = model.context

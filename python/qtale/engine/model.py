@@ -16,6 +16,8 @@ from qtale.engine.layout import Block, Layout, WeightOptions, plan_layout
 from qtale.engine.spec import DecoderSpec, read_spec
 from qtale.engine.weights import check_memory, read_weights
 from qtale.errors import CheckpointError, InputError
+from qtale.routing import KV_RULES, Routing, read_routing
+from qtale.tensors import memory
 
 if TYPE_CHECKING:
     from qtale.tensors import Memory
@@ -36,12 +38,14 @@ class LoadOptions:
     compute: str = "int8"
     context: int | None = None
     kv_dtype: str = "auto"
-    kv_rule: str = "evict"
+    kv_rule: str | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE:
             raise InputError(f"load: compute {self.compute!r} is not known; use 'int8' or 'float'.")
+        if self.kv_rule is not None and self.kv_rule not in KV_RULES:
+            raise InputError(f"load: kv_rule {self.kv_rule!r} is not known; use {' or '.join(KV_RULES)}.")
         if self.kv_dtype not in KV_DTYPES:
             raise InputError(f"load: kv_dtype {self.kv_dtype!r} is not known; use {', '.join(KV_DTYPES)}.")
         if self.context is not None and not (type(self.context) is int and 0 < self.context <= _MAX_CONTEXT):
@@ -73,6 +77,8 @@ class LoadedModel:
         start = time.perf_counter()
         where = str(folder.path)
         self.spec: DecoderSpec = read_spec(folder.config, where)
+        found = read_routing(folder.path, self.spec.num_layers, self.spec.hidden_size)
+        self.routing: Routing = found or Routing()
         self.layout: Layout = plan_layout(folder, self.spec, weights)
         self.options = options
         self.context = options.context or self.spec.positions
@@ -110,6 +116,8 @@ class LoadedModel:
             )
         except InputError as error:
             raise CheckpointError(f"{where}: its weights give no decoder: {error}") from error
+        decoder.set_theta(self.routing.theta)
+        decoder.set_forced_tokens(self.routing.forced_tokens)
         decoder.set_num_threads(self.options.num_threads or 0)
         return decoder
 
@@ -132,7 +140,7 @@ class LoadedModel:
             "dynamic_length": rope.dynamic_length,
             "compute": self.options.compute,
             "kv_dtype": self.kv_dtype,
-            "kv_rule": self.options.kv_rule,
+            "kv_rule": self.options.kv_rule or self.routing.kv_rule,
         }
 
     def _layer(self, index: int) -> dict[str, Any]:
@@ -141,12 +149,17 @@ class LoadedModel:
             "input_norm": self._memory(f"{at}.input_norm"),
             "post_norm": self._memory(f"{at}.post_norm"),
             "window": self.spec.windows[index],
-            # Routers come from side files; a model without them runs every layer.
-            "router": None,
+            "router": self._router(index),
         }
         if self.spec.qk_norm:
             layer |= {name: self._memory(f"{at}.{name}") for name in ("q_norm", "k_norm")}
         return layer | {name: self._parts(f"{at}.{name}") for name in ("qkv", "o", "gate_up", "down")}
+
+    def _router(self, index: int) -> dict[str, Any] | None:
+        router = self.routing.routers.get(index)
+        if router is None:
+            return None
+        return {"norm_eps": router.norm_eps} | {name: memory(array) for name, array in router.tensors().items()}
 
     def _parts(self, projection: str) -> list[Part]:
         named = self.layout.projections[projection]

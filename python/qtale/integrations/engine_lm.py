@@ -107,7 +107,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         except jinja2.TemplateError:
             return rendered([message for message in chat_history if message["role"] != "system"])
 
-    def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any) -> list[Answer]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **options: Any
+    ) -> list[Answer]:
         """(sum of log-probabilities, whether greedy decoding gives it) of each (key, context, continuation)."""
         start = time.perf_counter()
         pairs = [self._fitted(context, continuation) for _, context, continuation in requests]
