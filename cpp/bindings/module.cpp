@@ -77,6 +77,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("set_cpu_isa", set_cpu_isa);
   module.def("num_threads", num_threads);
   module.def("set_num_threads", set_num_threads);
+  bindings::register_decoder_ops(module);
   bindings::register_limits(module);
   bindings::register_ops(module);
 }

@@ -18,6 +18,7 @@ using Memory = std::tuple<std::uintptr_t, std::string, std::vector<std::int64_t>
 DType dtype_from_name(const std::string& name);
 TensorView view(const Memory& memory);
 
+void register_decoder_ops(pybind11::module_& module);
 void register_limits(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 

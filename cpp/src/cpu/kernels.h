@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/decoder.h"
 #include "cpu/layout.h"
 #include "qtale/dtype.h"
 
@@ -117,6 +118,7 @@ struct KernelTable {
   MatmulKernel floating;
   ProjectKernel project;
   JaccardKernel jaccard;
+  const DecoderKernels* decoder;
 };
 
 // Scalar: the specification of every kernel and the oracle of the tests. Reads the 16-row layout.

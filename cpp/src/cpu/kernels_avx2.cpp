@@ -17,6 +17,7 @@ const KernelTable avx2_table = {
     {acts_bytes<true>, prepare_acts<true>, run_rows<true>, kTile, 2 * kRowBlock},
     projection::kernel<6, 2>,
     jaccard_by_sorting,
+    &avx2_decoder_table,
 };
 
 }  // namespace qtale::cpu

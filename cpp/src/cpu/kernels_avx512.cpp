@@ -18,6 +18,7 @@ const KernelTable avx512_table = {
     {float_rows_bytes, prepare_float_positions, run_float, kFloatTile, 66 * kFloatTile},
     projection::kernel<12, 2>,
     jaccard_by_sorting,
+    &avx512_decoder_table,
 };
 
 }  // namespace qtale::cpu

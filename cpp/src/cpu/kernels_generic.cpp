@@ -17,6 +17,7 @@ const KernelTable generic_table = {
     {float_bytes, prepare_float, run_float, 1, 264},
     projection::kernel<4, 1>,
     jaccard_by_sorting,
+    &generic_decoder_table,
 };
 
 }  // namespace qtale::cpu

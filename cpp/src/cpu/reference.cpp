@@ -212,6 +212,7 @@ const KernelTable reference_table = {
     {no_workspace, no_prepare, matmul<dot_float>, 1, 264},
     {nothing_packed, no_pack, no_scratch, project, 1, 64},
     jaccard,
+    &reference_decoder_table,
 };
 
 }  // namespace qtale::cpu
