@@ -79,6 +79,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("set_num_threads", set_num_threads);
   bindings::register_decoder(module);
   bindings::register_decoder_rows(module);
+  bindings::register_decoder_ops(module);
   bindings::register_limits(module);
   bindings::register_ops(module);
 }

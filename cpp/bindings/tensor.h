@@ -33,6 +33,7 @@ struct OptionalView {
 };
 
 void register_decoder_rows(pybind11::module_& module);
+void register_decoder_ops(pybind11::module_& module);
 void register_limits(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 

@@ -2,7 +2,7 @@
 
 Some compilers spill accumulators when they inline or hoist, which costs half the speed and fails no other test. A
 constant that found no register, or one value out and back, hides behind the multiplications and is let pass.
-Functions are the tile_... of kernels_avx2, _avx512 and _avx512_bf16; loops are backward jumps over one basic block
+Functions are the tile_... of kernels_ and decoder_avx2, _avx512 and _avx512_bf16; loops are backward jumps over one basic block
 that holds a multiplication. A function without such a loop fails too: then this script no longer sees what it has to
 watch.
 """
@@ -17,7 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-OBJECTS = ("kernels_avx2.cpp", "kernels_avx512.cpp", "kernels_avx512_bf16.cpp")
+OBJECTS = (
+    "decoder_avx2.cpp",
+    "decoder_avx512.cpp",
+    "kernels_avx2.cpp",
+    "kernels_avx512.cpp",
+    "kernels_avx512_bf16.cpp",
+)
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(\S.*)$")
 JUMP = re.compile(r"^j\w+\s+([0-9a-f]+)\b")

@@ -17,6 +17,7 @@ void matmul(const TensorView& x, const TensorView& weight, const TensorView* bia
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, 2019).
 //   x and out [rows, n] or [rows, heads, n] f32, rows and heads may be apart; weight [n] f32; out may be x.
+//   |out - exact| <= (n / 2 + 6) * 2^-24 * |exact|.
 void rms_norm(const TensorView& x, const TensorView& weight, float eps, const TensorView& out);
 
 // Rotary positions in the half-split form of HuggingFace models, in place (Su et al., 2021).
@@ -25,6 +26,7 @@ void rms_norm(const TensorView& x, const TensorView& weight, float eps, const Te
 void rope(const TensorView& x, const TensorView& table, const TensorView& positions);
 
 // out[r,i] = silu(gate_up[r,i]) * gate_up[r,n+i];  gate_up [rows, 2n] and out [rows, n] f32, rows may be apart.
+//   |out - exact| <= 2^-21 * |exact| + 2^-118 * |gate_up[r,n+i]|.
 void silu_mul(const TensorView& gate_up, const TensorView& out);
 
 // Routed execution takes the rows that execute a block out of the residual stream and puts what the block adds back.
@@ -53,7 +55,8 @@ struct AttentionRun {
 // out[r,h] = sum_j softmax_j(scale * q[r,h] . k[j, h / (heads / kv_heads)]) * v[j] over the entries
 // begin[r] <= j < end[r]; zero where there is none.
 //   q and out [rows, heads, head_dim] f32, rows may be apart; begin and end [rows] s32, neither falls within a run.
-//   Sums are float32: |out - exact| <= 2^-24 * (head_dim + entries + 64) * max |v| * (1 + 2 * max |scale * q . k|).
+//   Runs ascend and do not overlap; rows of no run stay as they are. head_dim is even, up to 256.
+//   Sums are float32: |out - exact| <= 2^-24 * (head_dim + entries + 64) * max |v| * (1 + 2 * max scale * |q| . |k|).
 //   A row of out depends on its row of q and its entries alone, bit for bit.
 void attention(const TensorView& q, std::span<const AttentionRun> runs, const TensorView& begin, const TensorView& end,
                std::int64_t kv_heads, DType dtype, float scale, const TensorView& out);

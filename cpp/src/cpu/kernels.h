@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/decoder.h"
 #include "cpu/layout.h"
 #include "qtale/dtype.h"
 
@@ -146,6 +147,7 @@ struct KernelTable {
   // Rows [begin, end) of the indices.
   void (*compact_rows)(const CompactArgs&, std::int64_t begin, std::int64_t end);
   void (*scatter_add_rows)(const ScatterArgs&, std::int64_t begin, std::int64_t end);
+  const DecoderKernels* decoder;
 };
 
 // Scalar: the specification of every kernel and the oracle of the tests. Reads the 16-row layout.

@@ -20,6 +20,7 @@ const KernelTable avx2_table = {
     jaccard_by_sorting,
     compact,
     scatter_add,
+    &avx2_decoder_table,
 };
 
 }  // namespace qtale::cpu

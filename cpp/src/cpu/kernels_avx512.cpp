@@ -21,6 +21,7 @@ const KernelTable avx512_table = {
     jaccard_by_sorting,
     compact,
     scatter_add,
+    &avx512_decoder_table,
 };
 
 }  // namespace qtale::cpu

@@ -20,6 +20,7 @@ const KernelTable generic_table = {
     jaccard_by_sorting,
     compact,
     scatter_add,
+    &generic_decoder_table,
 };
 
 }  // namespace qtale::cpu

@@ -236,6 +236,7 @@ const KernelTable reference_table = {
     jaccard,
     compact,
     scatter_add,
+    &reference_decoder_table,
 };
 
 }  // namespace qtale::cpu

@@ -90,6 +90,25 @@ inline VecI abs_bits(VecF a) { return _mm256_and_si256(_mm256_castps_si256(a), _
 inline VecI zero_bits() { return _mm256_setzero_si256(); }
 inline VecI max_bits(VecI a, VecI b) { return _mm256_max_epu32(a, b); }
 
+inline VecF div(VecF a, VecF b) { return _mm256_div_ps(a, b); }
+// a * 2^n for whole n <= 0, zero where that is below every normal float.
+inline VecF scale_down(VecF a, VecF n) {
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(a, _mm256_castsi256_ps(power));
+}
+// Smallest n of scale_down, which gives zero.
+constexpr float kLowestPower = -127.0f;
+// Lanes outside of [begin, end) become `other`.
+inline VecF keep_lanes(VecF a, int begin, int end, VecF other) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i early = _mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane);
+  const __m256i kept = _mm256_andnot_si256(early, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+  return _mm256_blendv_ps(other, a, _mm256_castsi256_ps(kept));
+}
+inline VecF negated_abs(VecF a) { return _mm256_or_ps(a, _mm256_set1_ps(-0.0f)); }
+// a in lanes whose sign bit is set, else b.
+inline VecF where_negative(VecF sign, VecF a, VecF b) { return _mm256_blendv_ps(b, a, sign); }
+
 inline std::uint32_t reduce_max_bits(VecI a) {
   __m128i m = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));

@@ -82,6 +82,21 @@ inline VecF rint(VecF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_
 inline VecI abs_bits(VecF a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
 inline VecI zero_bits() { return _mm512_setzero_si512(); }
 inline VecI max_bits(VecI a, VecI b) { return _mm512_max_epu32(a, b); }
+inline VecF div(VecF a, VecF b) { return _mm512_div_ps(a, b); }
+// a * 2^n for whole n <= 0, zero where that is below every float.
+inline VecF scale_down(VecF a, VecF n) { return _mm512_scalef_ps(a, n); }
+// Smallest n of scale_down; 2^n rounds to zero.
+constexpr float kLowestPower = -200.0f;
+// Lanes outside of [begin, end) become `other`.
+inline VecF keep_lanes(VecF a, int begin, int end, VecF other) {
+  const unsigned kept = ((1u << end) - 1u) & ~((1u << begin) - 1u);
+  return _mm512_mask_mov_ps(other, static_cast<__mmask16>(kept), a);
+}
+inline VecF negated_abs(VecF a) { return _mm512_or_ps(a, _mm512_set1_ps(-0.0f)); }
+// a in lanes whose sign bit is set, else b.
+inline VecF where_negative(VecF sign, VecF a, VecF b) {
+  return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(sign)), a);
+}
 inline std::uint32_t reduce_max_bits(VecI a) { return _mm512_reduce_max_epu32(a); }
 // The same of 16-bit floats as they are stored: their magnitudes order like unsigned integers.
 constexpr int kWidth16 = 32;

@@ -118,6 +118,29 @@ inline VecF min(VecF a, VecF b) {
 inline VecF rint(VecF a) {
   return map_lanes([&](int i) { return std::nearbyintf(a.lane[i]); });
 }
+inline VecF div(const VecF& a, const VecF& b) {
+  return map_lanes([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+// a * 2^n for whole n <= 0, zero where that is below every normal float.
+inline VecF scale_down(const VecF& a, const VecF& n) {
+  return map_lanes([&](int i) {
+    const float whole = n.lane[i] >= -127.0f ? n.lane[i] : -127.0f;
+    return a.lane[i] * std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) + 127) << 23);
+  });
+}
+// Smallest n of scale_down, which gives zero.
+constexpr float kLowestPower = -127.0f;
+// Lanes outside of [begin, end) become `other`.
+inline VecF keep_lanes(const VecF& a, int begin, int end, const VecF& other) {
+  return map_lanes([&](int i) { return i >= begin && i < end ? a.lane[i] : other.lane[i]; });
+}
+inline VecF negated_abs(const VecF& a) {
+  return map_lanes([&](int i) { return -std::fabs(a.lane[i]); });
+}
+// a in lanes whose sign bit is set, else b.
+inline VecF where_negative(const VecF& sign, const VecF& a, const VecF& b) {
+  return map_lanes([&](int i) { return std::signbit(sign.lane[i]) ? a.lane[i] : b.lane[i]; });
+}
 inline VecI abs_bits(VecF a) {
   VecI out;
   for (int i = 0; i < kWidth; ++i) out.lane[i] = std::bit_cast<std::uint32_t>(a.lane[i]) & 0x7fffffffu;

@@ -34,6 +34,25 @@ void check_matrix(std::string_view op, std::string_view name, const TensorView& 
     fail_input("{}: the rows of {} are not contiguous (stride {}); call .contiguous() first.", op, name, t.strides[1]);
 }
 
+void check_heads(std::string_view op, std::string_view name, const TensorView& t, int rank) {
+  check_dtype(op, name, t, DType::f32);
+  check_cpu(op, t);
+  if (rank == 0 ? t.rank != 2 && t.rank != 3 : t.rank != rank)
+    fail_input("{}: {} has shape {}; expected {} dimensions.", op, name, shape_text(t),
+               rank == 0 ? "2 or 3" : std::to_string(rank));
+  if (t.shape[t.rank - 1] > 1 && t.strides[t.rank - 1] != 1)
+    fail_input("{}: the last dimension of {} is not contiguous (stride {}); call .contiguous() first.", op, name,
+               t.strides[t.rank - 1]);
+}
+
+void check_vector(std::string_view op, std::string_view name, const TensorView& t, DType dtype, std::int64_t size) {
+  check_dtype(op, name, t, dtype);
+  check_cpu(op, t);
+  if (t.rank != 1 || t.shape[0] != size)
+    fail_input("{}: {} has shape {}; expected [{}].", op, name, shape_text(t), size);
+  check_contiguous(op, name, t);
+}
+
 void check_shape(std::string_view op, std::string_view name, const TensorView& t, std::int64_t rows,
                  std::int64_t cols) {
   if (t.rank != 2 || t.shape[0] != rows || t.shape[1] != cols)

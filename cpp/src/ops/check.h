@@ -16,6 +16,10 @@ void check_dtype(std::string_view op, std::string_view name, const TensorView& t
 void check_float(std::string_view op, std::string_view name, const TensorView& t);
 // A matrix whose rows are contiguous; rows themselves may be apart (strides[1] == 1).
 void check_matrix(std::string_view op, std::string_view name, const TensorView& t);
+// Float32 on the CPU of `rank` dimensions (0: two or three) of which the last is contiguous.
+void check_heads(std::string_view op, std::string_view name, const TensorView& t, int rank = 0);
+// [size] on the CPU, contiguous.
+void check_vector(std::string_view op, std::string_view name, const TensorView& t, DType dtype, std::int64_t size);
 void check_shape(std::string_view op, std::string_view name, const TensorView& t, std::int64_t rows, std::int64_t cols);
 void check_contiguous(std::string_view op, std::string_view name, const TensorView& t);
 void check_cpu(std::string_view op, const TensorView& t);

@@ -1,0 +1,262 @@
+// Attention of a block of queries over one span of the cache. Chunks of entries begin at multiples of kChunk, whoever
+// asks, so a query meets the same sums in the same order alone, in a tile and in a batch.
+#pragma once
+
+#include "cpu/attention_softmax.inl"
+
+namespace qtale::cpu::attending {
+namespace {
+
+constexpr std::int64_t kQueries = 192;    // of a block: so many share the conversion of a chunk
+constexpr std::int64_t kFewQueries = 12;  // read the pages as they are
+
+// Memory of one thread. Pages of a converted chunk have the layout of the cache, with values in whole vectors.
+struct Workspace {
+  float* queries;  // [queries, kQueryStride], scaled to base 2
+  float* weights;  // [queries, kChunk]
+  float* factors;  // [queries]
+  Range* ranges;   // [queries]
+  float* keys;     // [kPages, head_dim, kPageTokens]
+  float* values;   // [kChunk, stride]
+
+  Workspace(std::byte* memory, std::int64_t count, std::int64_t head_dim)
+      : queries(reinterpret_cast<float*>(memory)),
+        weights(queries + count * kQueryStride),
+        factors(weights + count * kChunk),
+        ranges(reinterpret_cast<Range*>(factors + round_up(count, 16))),
+        keys(factors + 3 * round_up(count, 16)),
+        values(keys + kChunk * head_dim) {}
+  static std::size_t bytes(std::int64_t count, std::int64_t head_dim) {
+    const std::int64_t floats =
+        count * (kQueryStride + kChunk) + 3 * round_up(count, 16) + kChunk * (head_dim + round_up(head_dim, kWidth));
+    return static_cast<std::size_t>(floats) * sizeof(float);
+  }
+};
+
+// E is the type of the cache.
+template <class E, int TileRows, int TileVecs>
+class Span {
+ public:
+  Span(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, std::int64_t end, std::byte* scratch,
+       std::byte* state)
+      : a_(a),
+        b_(b),
+        begin_(begin),
+        end_(end),
+        count_(b.rows * a.group),
+        w_(scratch, count_, a.head_dim),
+        state_(state, count_, a.head_dim) {}
+
+  void run() {
+    state_.clear(count_);
+    if (begin_ >= end_) return;
+    pack_queries();
+    const bool whole = a_.head_dim % kWidth == 0;
+    for (std::int64_t at = begin_ / kChunk * kChunk; at < end_; at += kChunk) {
+      set_ranges(at);
+      ahead_ = at + kChunk < end_ ? 0 : kPages * page_bytes();
+      next_ = at + kChunk;
+      if (whole && (sizeof(typename E::T) == 4 || count_ <= kFewQueries)) {
+        run_chunk(in_place(at));
+      } else {
+        run_chunk(converted(at));
+      }
+    }
+  }
+
+ private:
+  std::int64_t page_bytes() const {
+    return kv_head_elements(a_.head_dim) * static_cast<std::int64_t>(sizeof(typename E::T));
+  }
+  // Keys of a page; pages without entries of the span are replaced by one that has some.
+  const typename E::T* page(std::int64_t entry) const {
+    const std::int64_t wanted = entry / kPageTokens, first = begin_ / kPageTokens, last = (end_ - 1) / kPageTokens;
+    const std::int64_t kept = wanted < first ? first : wanted > last ? last : wanted;
+    return static_cast<const typename E::T*>(b_.pages[kept]) + b_.kv_head * kv_head_elements(a_.head_dim);
+  }
+
+  void pack_queries() const {
+    const float factor = a_.scale * 1.44269504f;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const float* from = a_.q.at(b_.row + i / a_.group, b_.kv_head * a_.group + i % a_.group);
+      float* to = w_.queries + i * kQueryStride;
+      for (std::int64_t d = 0; d < a_.head_dim; ++d) to[d] = from[d] * factor;
+    }
+  }
+
+  void set_ranges(std::int64_t at) const {
+    const auto within = [&](std::int64_t entry) {
+      return static_cast<std::int32_t>(entry < at ? 0 : entry > at + kChunk ? kChunk : entry - at);
+    };
+    for (std::int64_t r = 0; r < b_.rows; ++r) {
+      const std::int64_t begin = a_.begin[b_.row + r], end = a_.end[b_.row + r];
+      const Range range = begin < end ? Range{within(begin), within(end)} : Range{0, 0};
+      for (std::int64_t g = 0; g < a_.group; ++g) w_.ranges[r * a_.group + g] = range;
+    }
+  }
+
+  Chunk<E> in_place(std::int64_t at) const {
+    Chunk<E> chunk;
+    for (int p = 0; p < kVecs; ++p) chunk.keys[p] = page(at + p * kWidth) + p * kWidth % kPageTokens;
+    for (int p = 0; p < kPages; ++p) chunk.values[p] = page(at + p * kPageTokens) + kPageTokens * a_.head_dim;
+    chunk.value_stride = a_.head_dim;
+    return chunk;
+  }
+
+  Chunk<F32> converted(std::int64_t at) const {
+    Chunk<F32> chunk;
+    const std::int64_t depth = a_.head_dim, stride = state_.stride;
+    for (int p = 0; p < kPages; ++p) {
+      float* const values = w_.values + p * kPageTokens * stride;
+      chunk.values[p] = values;
+      const std::int64_t entry = at + p * kPageTokens;
+      if (entry + kPageTokens <= begin_ || entry >= end_) continue;
+      const typename E::T* from = page(entry);
+      float* const keys = w_.keys + p * kPageTokens * depth;
+      for (std::int64_t i = 0; i < kPageTokens * depth; i += kWidth) store_f32(keys + i, E::load(from + i));
+      from += kPageTokens * depth;
+      for (std::int64_t j = 0; j < kPageTokens; ++j, from += depth)
+        for (std::int64_t i = 0; i < depth; i += kWidth)
+          store_f32(values + j * stride + i,
+                    i + kWidth <= depth ? E::load(from + i) : load_part<E>(from + i, depth - i));
+    }
+    for (int p = 0; p < kVecs; ++p)
+      chunk.keys[p] = w_.keys + p * kWidth / kPageTokens * kPageTokens * depth + p * kWidth % kPageTokens;
+    chunk.value_stride = stride;
+    return chunk;
+  }
+
+  // What a product of some steps shall ask for: the next part of the next chunk, if it is the first tile that asks.
+  Ahead ahead(bool asks, std::int64_t steps) {
+    const auto* idle = reinterpret_cast<const char*>(w_.factors);
+    const std::int64_t step = 16 * static_cast<std::int64_t>(sizeof(typename E::T)) * 2, bytes = page_bytes();
+    if (!asks || ahead_ >= kPages * bytes) return {idle, idle, 0};
+    const auto at = [&](std::int64_t offset) {
+      const auto* start = reinterpret_cast<const char*>(page(next_ + offset / bytes * kPageTokens));
+      return start + offset % bytes;
+    };
+    const std::int64_t first = ahead_, second = ahead_ + steps * step;
+    ahead_ = second + steps * step;
+    return {at(first), second < kPages * bytes ? at(second) : idle, step};
+  }
+
+  template <class C>
+  void run_chunk(const Chunk<C>& chunk) {
+    const std::int64_t tiles = (count_ + TileRows - 1) / TileRows;
+    for (std::int64_t t = 0; t < tiles; ++t) score(chunk, count_ * t / tiles, count_ * (t + 1) / tiles, t == 0);
+    for (std::int64_t t = 0; t < tiles; ++t) add_values(chunk, count_ * t / tiles, count_ * (t + 1) / tiles, t == 0);
+  }
+
+  template <class C>
+  void score(const Chunk<C>& chunk, std::int64_t begin, std::int64_t end, bool asks) {
+    std::int32_t seen = 0;
+    for (std::int64_t i = begin; i < end; ++i) seen = w_.ranges[i].end > seen ? w_.ranges[i].end : seen;
+    if (seen == 0) {
+      for (std::int64_t i = begin; i < end; ++i) w_.factors[i] = 1.0f;
+      return;
+    }
+    const int vecs = static_cast<int>((seen + kWidth - 1) / kWidth);
+    const std::int64_t depth = a_.head_dim;
+    const float* const queries = w_.queries + begin * kQueryStride;
+    float* const weights = w_.weights + begin * kChunk;
+    for (int p = 0; p < vecs;) {
+      constexpr int kHalf = TileVecs > 1 ? TileVecs / 2 : 1;
+      const bool half = vecs - p <= kHalf;
+      const auto& tiles = half ? kScores<C, kHalf, TileRows> : kScores<C, TileVecs, TileRows>;
+      tiles.by_rows[end - begin - 1](queries, chunk.keys + p, depth, ahead(asks, depth), weights + p * kWidth);
+      p += half ? kHalf : TileVecs;
+    }
+    weigh(weights, static_cast<int>(end - begin), w_.ranges + begin, state_.tops + begin,
+          state_.totals + begin * kWidth, w_.factors + begin);
+  }
+
+  // Queries that see different entries of a chunk take turns: what one does not see must not meet it, even with weight
+  // zero, because it could be infinite.
+  template <class C>
+  void add_values(const Chunk<C>& chunk, std::int64_t begin, std::int64_t end, bool asks) {
+    while (begin < end) {
+      const Range range = w_.ranges[begin];
+      std::int64_t stop = begin + 1;
+      while (stop < end && w_.ranges[stop] == range) ++stop;
+      if (range.begin < range.end) add_values(chunk, begin, stop, range, asks);
+      begin = stop;
+    }
+  }
+
+  template <class C>
+  void add_values(const Chunk<C>& chunk, std::int64_t begin, std::int64_t end, const Range& range, bool asks) {
+    const auto add = [&](const auto& tiles, std::int64_t column) {
+      tiles.by_rows[end - begin - 1](w_.weights + begin * kChunk, chunk, range.begin, range.end, column,
+                                     w_.factors + begin, ahead(asks, range.end - range.begin),
+                                     state_.sums + begin * state_.stride + column, state_.stride);
+    };
+    constexpr int kHalf = TileVecs > 1 ? TileVecs / 2 : 1;
+    for (std::int64_t column = 0; column < state_.stride;) {
+      const std::int64_t left = (state_.stride - column) / kWidth;
+      if (left >= TileVecs) {
+        add(kValues<C, TileVecs, TileRows>, column);
+        column += TileVecs * kWidth;
+      } else if (left >= kHalf) {
+        add(kValues<C, kHalf, TileRows>, column);
+        column += kHalf * kWidth;
+      } else {
+        add(kValues<C, 1, TileRows>, column);
+        column += kWidth;
+      }
+    }
+  }
+
+  const AttentionArgs& a_;
+  const AttentionBlock& b_;
+  std::int64_t begin_, end_;  // entries
+  std::int64_t count_;        // queries
+  Workspace w_;
+  State state_;
+  std::int64_t next_ = 0;   // entry where the next chunk begins
+  std::int64_t ahead_ = 0;  // bytes of it that were asked for
+};
+
+inline std::size_t state_bytes(const AttentionArgs& a, std::int64_t queries) {
+  return State::bytes(queries, a.head_dim);
+}
+inline std::size_t scratch_bytes(const AttentionArgs& a, std::int64_t queries) {
+  return Workspace::bytes(queries, a.head_dim);
+}
+
+template <int TileRows, int TileVecs>
+void run(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, std::int64_t end, std::byte* scratch,
+         std::byte* state) {
+  if (a.dtype == DType::f16) return Span<F16, TileRows, TileVecs>(a, b, begin, end, scratch, state).run();
+  Span<F32, TileRows, TileVecs>(a, b, begin, end, scratch, state).run();
+}
+
+inline void merge(const AttentionArgs& a, const AttentionBlock& b, std::byte* state, const std::byte* later) {
+  const std::int64_t queries = b.rows * a.group;
+  merge_states({state, queries, a.head_dim}, {const_cast<std::byte*>(later), queries, a.head_dim}, queries);
+}
+
+// Adding 0 turns -0 into 0: whether a tile met entries of weight zero must not show.
+inline void finish(const AttentionArgs& a, const AttentionBlock& b, const std::byte* state) {
+  const State s(const_cast<std::byte*>(state), b.rows * a.group, a.head_dim);
+  for (std::int64_t i = 0; i < b.rows * a.group; ++i) {
+    const float total = reduce_add(load_f32(s.totals + i * kWidth));
+    const VecF factor = set1(total == 0.0f ? 0.0f : 1.0f / total);
+    float* out = a.out.at(b.row + i / a.group, b.kv_head * a.group + i % a.group);
+    for (std::int64_t d = 0; d < a.head_dim; d += kWidth) {
+      const VecF value = add(mul(load_f32(s.sums + i * s.stride + d), factor), set1(0.0f));
+      if (d + kWidth <= a.head_dim) {
+        store_f32(out + d, value);
+      } else {
+        store_part<F32>(out + d, value, a.head_dim - d);
+      }
+    }
+  }
+}
+
+template <int TileRows, int TileVecs>
+constexpr AttentionKernel kernel = {
+    kQueries, state_bytes, scratch_bytes, run<TileRows, TileVecs>, merge, finish,
+};
+
+}  // namespace
+}  // namespace qtale::cpu::attending

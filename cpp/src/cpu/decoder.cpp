@@ -1,0 +1,48 @@
+// rms_norm, rope, silu_mul and kv_append over all threads.
+#include "cpu/decoder.h"
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "qtale/parallel.h"
+
+namespace qtale::cpu {
+namespace {
+
+// Elements below which waking the threads costs more than it brings.
+constexpr std::int64_t kGrain = 32768;
+
+std::int64_t rows_per_task(std::int64_t elements) {
+  return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(1, elements));
+}
+
+}  // namespace
+
+void rms_norm(const NormArgs& args, std::int64_t rows) {
+  const DecoderKernels& table = *kernels().decoder;
+  parallel_for(rows, rows_per_task(args.heads * args.n),
+               [&](std::int64_t begin, std::int64_t end) { table.rms_norm(args, begin, end); });
+}
+
+void rope(const RopeArgs& args, std::int64_t rows) {
+  const DecoderKernels& table = *kernels().decoder;
+  parallel_for(rows, rows_per_task(args.heads * args.half * 2),
+               [&](std::int64_t begin, std::int64_t end) { table.rope(args, begin, end); });
+}
+
+void silu_mul(const SiluArgs& args, std::int64_t rows) {
+  const DecoderKernels& table = *kernels().decoder;
+  parallel_for(rows, rows_per_task(4 * args.n),
+               [&](std::int64_t begin, std::int64_t end) { table.silu_mul(args, begin, end); });
+}
+
+void kv_append(const AppendArgs& args) {
+  if (args.rows == 0) return;
+  const DecoderKernels& table = *kernels().decoder;
+  const std::int64_t last = (args.first + args.rows - 1) / kPageTokens;
+  const std::int64_t units = (last - args.first / kPageTokens + 1) * args.kv_heads;
+  parallel_for(units, rows_per_task(std::min(args.rows, kPageTokens) * args.head_dim * 4),
+               [&](std::int64_t begin, std::int64_t end) { table.kv_append(args, begin, end); });
+}
+
+}  // namespace qtale::cpu

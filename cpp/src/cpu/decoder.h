@@ -1,0 +1,124 @@
+// The kernels of a decoder block beside the matrix products, and what the operators call to run them on all threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "qtale/decoder_ops.h"
+
+namespace qtale::cpu {
+
+// Float32 heads [rows, heads, n] whose last dimension is contiguous.
+struct HeadsIn {
+  const float* data;
+  std::int64_t row_stride;
+  std::int64_t head_stride;
+  const float* at(std::int64_t row, std::int64_t head) const { return data + row * row_stride + head * head_stride; }
+};
+struct HeadsOut {
+  float* data;
+  std::int64_t row_stride;
+  std::int64_t head_stride;
+  float* at(std::int64_t row, std::int64_t head) const { return data + row * row_stride + head * head_stride; }
+};
+
+struct NormArgs {
+  HeadsIn x;
+  const float* weight;  // [n]
+  float eps;
+  HeadsOut out;
+  std::int64_t heads;
+  std::int64_t n;
+};
+
+struct RopeArgs {
+  HeadsOut x;
+  std::int64_t heads;
+  std::int64_t half;  // head_dim / 2
+  const float* table;
+  std::int64_t table_stride;
+  const std::int32_t* positions;
+};
+
+struct SiluArgs {
+  const float* gate_up;
+  std::int64_t in_stride;
+  std::int64_t n;
+  float* out;
+  std::int64_t out_stride;
+};
+
+struct AppendArgs {
+  HeadsIn k;
+  HeadsIn v;
+  std::int64_t rows;
+  std::int64_t kv_heads;
+  std::int64_t head_dim;
+  void* const* pages;
+  std::int64_t first;
+  DType dtype;
+};
+
+struct AttentionArgs {
+  HeadsIn q;
+  HeadsOut out;
+  const std::int32_t* begin;
+  const std::int32_t* end;
+  std::int64_t group;  // query heads that share a KV head
+  std::int64_t head_dim;
+  DType dtype;
+  float scale;
+};
+
+// Consecutive rows of q with the heads of one group. Query i of a block is head i % group of its row i / group.
+struct AttentionBlock {
+  void* const* pages;
+  std::int64_t row;
+  std::int64_t rows;
+  std::int64_t kv_head;
+};
+
+// Softmax runs over spans of entries that begin at multiples of this; what the spans give is merged in their order. So
+// threads may share a row and no bit depends on whether they do.
+inline constexpr std::int64_t kAttentionSpan = 512;
+
+struct AttentionKernel {
+  std::int64_t queries;  // of the blocks it likes best
+  std::size_t (*state_bytes)(const AttentionArgs&, std::int64_t queries);
+  std::size_t (*scratch_bytes)(const AttentionArgs&, std::int64_t queries);
+  // State of the block after the entries [begin, end) of one span alone.
+  void (*run)(const AttentionArgs&, const AttentionBlock&, std::int64_t begin, std::int64_t end, std::byte* scratch,
+              std::byte* state);
+  // Adds to a state what later entries gave.
+  void (*merge)(const AttentionArgs&, const AttentionBlock&, std::byte* state, const std::byte* later);
+  void (*finish)(const AttentionArgs&, const AttentionBlock&, const std::byte* state);
+};
+
+// Kernels get checked arguments; [begin, end) are rows, and pairs of page and KV head of kv_append.
+struct DecoderKernels {
+  void (*rms_norm)(const NormArgs&, std::int64_t begin, std::int64_t end);
+  void (*rope)(const RopeArgs&, std::int64_t begin, std::int64_t end);
+  void (*silu_mul)(const SiluArgs&, std::int64_t begin, std::int64_t end);
+  void (*kv_append)(const AppendArgs&, std::int64_t begin, std::int64_t end);
+  AttentionKernel attention;
+};
+
+// Scalar: the specification of the others.
+extern const DecoderKernels reference_decoder_table;
+extern const DecoderKernels generic_decoder_table;
+#ifdef QTALE_X86
+extern const DecoderKernels avx2_decoder_table;
+extern const DecoderKernels avx512_decoder_table;
+#endif
+
+// Elements from one KV head to the next within a page; keys come first, then as many values.
+inline std::int64_t kv_head_elements(std::int64_t head_dim) { return 2 * kPageTokens * head_dim; }
+
+void rms_norm(const NormArgs& args, std::int64_t rows);
+void rope(const RopeArgs& args, std::int64_t rows);
+void silu_mul(const SiluArgs& args, std::int64_t rows);
+void kv_append(const AppendArgs& args);
+void attention(const AttentionArgs& args, std::span<const AttentionRun> runs, std::int64_t kv_heads);
+
+}  // namespace qtale::cpu

@@ -1,0 +1,113 @@
+#include "attention_oracle.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/half.h"
+
+namespace qtale::test {
+namespace {
+
+TensorView cube(const std::vector<float>& data, std::int64_t rows, std::int64_t heads, std::int64_t n) {
+  return {const_cast<float*>(data.data()), DType::f32, 3, {rows, heads, n}, {heads * n, n, 1}, {}};
+}
+
+}  // namespace
+
+Cache::Cache(std::int64_t entries_, std::int64_t kv_heads_, std::int64_t head_dim_, DType dtype_)
+    : entries(entries_), kv_heads(kv_heads_), head_dim(head_dim_), dtype(dtype_) {
+  const auto bytes = static_cast<std::size_t>(kv_page_bytes(kv_heads, head_dim, dtype));
+  for (std::int64_t page = 0; page * kPageTokens < entries; ++page) memory.emplace_back(bytes, std::uint8_t{0xff});
+  for (auto& page : memory) pages.push_back(page.data());
+  k.resize(static_cast<std::size_t>(entries * kv_heads * head_dim));
+  v.resize(k.size());
+}
+
+void Cache::append(std::vector<float> keys, std::vector<float> values, std::int64_t first) {
+  const std::int64_t rows = static_cast<std::int64_t>(keys.size()) / (kv_heads * head_dim);
+  kv_append(cube(keys, rows, kv_heads, head_dim), cube(values, rows, kv_heads, head_dim), pages, first, dtype);
+  const auto stored = [&](float x) { return dtype == DType::f16 ? f16_to_float(float_to_f16(x)) : x; };
+  std::transform(keys.begin(), keys.end(), k.begin() + first * kv_heads * head_dim, stored);
+  std::transform(values.begin(), values.end(), v.begin() + first * kv_heads * head_dim, stored);
+}
+
+void Cache::fill(Random& random, float sigma) {
+  std::vector<float> keys(k.size()), values(v.size());
+  for (float& x : keys) x = sigma * random.normal();
+  for (float& x : values) x = sigma * random.normal();
+  append(keys, values, 0);
+}
+
+void Attending::add(Random& random, const Cache& cache, std::int64_t rows, std::int64_t first, std::int64_t last,
+                    std::int64_t step) {
+  const std::int64_t row = this->rows();
+  for (std::int64_t r = 0; r < rows; ++r) {
+    begin.push_back(static_cast<std::int32_t>(std::max<std::int64_t>(0, first + r * step)));
+    end.push_back(static_cast<std::int32_t>(last + r * step));
+  }
+  for (std::int64_t i = 0; i < rows * heads * head_dim; ++i) q.push_back(random.normal());
+  runs.push_back({row, rows, cache.pages});
+  caches.push_back(&cache);
+}
+
+std::vector<float> Attending::run() const {
+  std::vector<float> out(q.size(), -7.0f);
+  const auto vector = [&](const std::vector<std::int32_t>& data) {
+    return TensorView::vector(const_cast<std::int32_t*>(data.data()), DType::s32, rows());
+  };
+  const Cache& cache = *caches.front();
+  attention(cube(q, rows(), heads, head_dim), runs, vector(begin), vector(end), cache.kv_heads, cache.dtype, scale,
+            cube(out, rows(), heads, head_dim));
+  return out;
+}
+
+namespace {
+
+// The share of one head of a row.
+double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int64_t head, const float* out) {
+  const std::int64_t kv = head / (a.heads / c.kv_heads), begin = a.begin[row], end = a.end[row];
+  const float* q = a.q.data() + (row * a.heads + head) * a.head_dim;
+  std::vector<double> weights;
+  double top = -INFINITY, total = 0.0, reach = 0.0, largest = 0.0;
+  for (std::int64_t j = begin; j < end; ++j) {
+    double dot = 0.0, sum = 0.0;
+    for (std::int64_t d = 0; d < a.head_dim; ++d) {
+      const double product = double{a.scale} * q[d] * c.key(j, kv, d);
+      dot += product;
+      sum += std::fabs(product);
+    }
+    weights.push_back(dot);
+    top = std::max(top, dot);
+    reach = std::max(reach, sum);
+  }
+  for (double& weight : weights) total += weight = std::exp(weight - top);
+  std::vector<double> exact(static_cast<std::size_t>(a.head_dim));
+  for (std::int64_t j = begin; j < end; ++j) {
+    for (std::int64_t d = 0; d < a.head_dim; ++d) {
+      exact[d] += weights[j - begin] / total * c.value(j, kv, d);
+      largest = std::max(largest, std::fabs(double{c.value(j, kv, d)}));
+    }
+  }
+  const double entries = static_cast<double>(std::max<std::int64_t>(0, end - begin));
+  const double bound = 0x1p-24 * (static_cast<double>(a.head_dim) + entries + 64) * largest * (1 + 2 * reach);
+  double worst = 0.0;
+  for (std::int64_t d = 0; d < a.head_dim; ++d) {
+    const double error = std::fabs(out[d] - exact[d]);
+    if (!(error <= 0.0)) worst = std::max(worst, std::isnan(error) || bound == 0.0 ? INFINITY : error / bound);
+  }
+  return worst;
+}
+
+}  // namespace
+
+double worst_share(const Attending& a, const std::vector<float>& out) {
+  double worst = 0.0;
+  for (std::size_t i = 0; i < a.runs.size(); ++i)
+    for (std::int64_t row = a.runs[i].row; row < a.runs[i].row + a.runs[i].rows; ++row)
+      for (std::int64_t head = 0; head < a.heads; ++head)
+        worst =
+            std::max(worst, head_share(a, *a.caches[i], row, head, out.data() + (row * a.heads + head) * a.head_dim));
+  return worst;
+}
+
+}  // namespace qtale::test

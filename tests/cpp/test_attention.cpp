@@ -1,0 +1,226 @@
+// Attention on every instruction set against float64: shapes, windows, ragged runs, both caches; what a row may not
+// depend on; refusals.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "attention_oracle.h"
+#include "catch.h"
+
+namespace qtale::test {
+namespace {
+
+struct Case {
+  std::int64_t heads, kv_heads, head_dim, rows, entries, window;  // window 0: all
+};
+
+// Causal rows at the end of a cache.
+void add_causal(Attending& a, Random& random, const Cache& cache, std::int64_t rows, std::int64_t window) {
+  const std::int64_t end = cache.entries - rows + 1;
+  a.add(random, cache, rows, window > 0 ? end - window : -cache.entries, end, 1);
+}
+
+const Case kCases[] = {
+    {1, 1, 16, 1, 1, 0},     {4, 2, 20, 5, 5, 0},       {9, 3, 64, 7, 40, 0},    {9, 3, 64, 70, 70, 0},
+    {8, 1, 64, 33, 100, 0},  {3, 3, 48, 65, 129, 0},    {2, 1, 80, 30, 47, 0},   {4, 4, 96, 13, 64, 0},
+    {7, 1, 128, 1, 700, 0},  {8, 2, 64, 1, 1100, 0},    {2, 2, 256, 9, 66, 0},   {14, 2, 64, 40, 550, 0},
+    {4, 2, 64, 50, 300, 37}, {6, 2, 24, 20, 1500, 600}, {5, 5, 32, 3, 1030, 16}, {32, 4, 64, 26, 600, 0},
+    {2, 1, 2, 4, 20, 0},
+};
+
+std::string text(const Case& c, DType dtype, const std::string& isa) {
+  return isa + " " + std::string(name_of(dtype)) + ": " + std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) +
+         " heads of " + std::to_string(c.head_dim) + ", " + std::to_string(c.rows) + " rows at " +
+         std::to_string(c.entries) + ", window " + std::to_string(c.window);
+}
+
+std::int64_t differences(const float* a, const float* b, std::int64_t count) {
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < count; ++i) found += std::memcmp(a + i, b + i, sizeof(float)) != 0;
+  return found;
+}
+
+}  // namespace
+
+TEST_CASE("attention: the exact result within its bound, for all tiers, caches and shapes") {
+  for (const DType dtype : {DType::f16, DType::f32}) {
+    for (const Case& c : kCases) {
+      Random random(11);
+      Cache cache(c.entries, c.kv_heads, c.head_dim, dtype);
+      cache.fill(random);
+      Attending a{c.heads, c.head_dim, 1.0f / std::sqrt(static_cast<float>(c.head_dim)), {}, {}, {}, {}, {}};
+      add_causal(a, random, cache, c.rows, c.window);
+      for (const std::string& isa : cpu_isas()) {
+        const IsaScope scope(isa);
+        INFO(text(c, dtype, isa));
+        CHECK(worst_share(a, a.run()) <= 1.0);
+      }
+    }
+  }
+}
+
+TEST_CASE("attention: scores that are large, equal or far apart") {
+  Random random(12);
+  Cache cache(200, 1, 64, DType::f32);
+  for (const float sigma : {0.0f, 1e-3f, 4.0f}) {
+    cache.fill(random, sigma);
+    Attending a{3, 64, 1.0f, {}, {}, {}, {}, {}};
+    add_causal(a, random, cache, 20, 0);
+    for (const std::string& isa : cpu_isas()) {
+      const IsaScope scope(isa);
+      INFO(isa << ", sigma " << sigma);
+      CHECK(worst_share(a, a.run()) <= 1.0);
+    }
+  }
+}
+
+TEST_CASE("attention: a row has the same bits alone, in any run, in any batch and on any number of threads") {
+  constexpr std::int64_t kRows = 45, kHeads = 6, kDim = 64;
+  for (const DType dtype : {DType::f16, DType::f32}) {
+    Random random(13);
+    Cache first(1200, 2, kDim, dtype), second(77, 2, kDim, dtype);
+    first.fill(random);
+    second.fill(random);
+    Attending batch{kHeads, kDim, 0.125f, {}, {}, {}, {}, {}};
+    add_causal(batch, random, first, kRows, 0);
+    batch.add(random, second, 1, 0, 77, 0);
+    add_causal(batch, random, first, kRows, 650);
+    batch.add(random, second, 3, 5, 5, 0);
+    for (const std::string& isa : cpu_isas()) {
+      const IsaScope scope(isa);
+      INFO(isa << " " << name_of(dtype));
+      std::vector<float> expected;
+      {
+        const ThreadScope one(1);
+        expected = batch.run();
+      }
+      const ThreadScope threads(3);
+      const std::vector<float> again = batch.run();
+      CHECK(differences(expected.data(), again.data(), static_cast<std::int64_t>(expected.size())) == 0);
+      std::int64_t different = 0;
+      for (std::size_t i = 0; i < batch.runs.size(); ++i) {
+        for (std::int64_t row = batch.runs[i].row; row < batch.runs[i].row + batch.runs[i].rows; ++row) {
+          Attending single = batch;
+          single.runs = {{0, 1, batch.runs[i].pages}};
+          const auto at = row * kHeads * kDim;
+          single.q.assign(batch.q.begin() + at, batch.q.begin() + at + kHeads * kDim);
+          single.begin = {batch.begin[row]};
+          single.end = {batch.end[row]};
+          different += differences(single.run().data(), expected.data() + at, kHeads * kDim);
+        }
+      }
+      CHECK(different == 0);
+    }
+  }
+}
+
+TEST_CASE("attention: rows without entries are zero, rows of no run stay as they are") {
+  Random random(14);
+  Cache cache(20, 1, 16, DType::f16);
+  cache.fill(random);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    INFO(isa);
+    Attending a{2, 16, 0.25f, {}, {}, {}, {}, {}};
+    a.add(random, cache, 2, 3, 3, 0);
+    a.add(random, cache, 1, 0, 20, 0);
+    a.add(random, cache, 3, -3, 0, 1);
+    a.runs.erase(a.runs.begin() + 1);
+    const auto out = a.run();
+    for (int i = 0; i < 2 * 32; ++i) CHECK(out[i] == 0.0f);
+    for (int i = 2 * 32; i < 3 * 32; ++i) CHECK(out[i] == -7.0f);
+    for (int i = 3 * 32; i < 4 * 32; ++i) CHECK(out[i] == 0.0f);
+    for (int d = 0; d < 16; ++d) CHECK(std::fabs(out[4 * 32 + d] - cache.value(0, 0, d)) < 1e-6f);
+    a.runs.clear();
+    CHECK(a.run()[0] == -7.0f);
+  }
+}
+
+TEST_CASE("attention: what a row does not see cannot reach it, be it infinite") {
+  constexpr std::int64_t kDim = 64, kRows = 70;
+  for (const DType dtype : {DType::f16, DType::f32}) {
+    Random random(15);
+    Cache cache(kRows, 1, kDim, dtype);
+    cache.fill(random);
+    for (const std::string& isa : cpu_isas()) {
+      const IsaScope scope(isa);
+      INFO(isa << " " << name_of(dtype));
+      Attending a{2, kDim, 0.125f, {}, {}, {}, {}, {}};
+      add_causal(a, random, cache, kRows, 0);
+      const auto before = a.run();
+      Cache spoilt = cache;
+      spoilt.pages.clear();
+      for (auto& page : spoilt.memory) spoilt.pages.push_back(page.data());
+      const std::vector<float> bad(kDim, std::numeric_limits<float>::infinity());
+      spoilt.append(bad, bad, 67);
+      a.runs[0].pages = spoilt.pages;
+      const auto after = a.run();
+      CHECK(differences(before.data(), after.data(), 67 * 2 * kDim) == 0);
+      CHECK(std::isnan(after[67 * 2 * kDim]));
+    }
+  }
+}
+
+TEST_CASE("kv_append: entries land in their places, one by one or together") {
+  for (const DType dtype : {DType::f16, DType::f32}) {
+    for (const std::string& isa : cpu_isas()) {
+      const IsaScope scope(isa);
+      INFO(isa << " " << name_of(dtype));
+      Random random(16);
+      Cache together(50, 3, 20, dtype), apart(50, 3, 20, dtype);
+      together.fill(random, 100.0f);
+      std::vector<float> keys, values;
+      std::int64_t first = 0;
+      for (const std::int64_t count : {1, 14, 1, 0, 20, 14}) {
+        const auto from = first * 60, to = (first + count) * 60;
+        apart.append({together.k.begin() + from, together.k.begin() + to},
+                     {together.v.begin() + from, together.v.begin() + to}, first);
+        first += count;
+      }
+      CHECK(together.memory == apart.memory);
+      const Floats page(dtype, 3 * 2 * 16 * 20);
+      std::memcpy(const_cast<void*>(page.data()), together.pages[1], together.memory[1].size());
+      for (int d = 0; d < 20; ++d) {
+        CHECK(page.get(2 * 640 + d * 16 + 5) == together.key(21, 2, d));
+        CHECK(page.get(2 * 640 + 320 + 5 * 20 + d) == together.value(21, 2, d));
+      }
+    }
+  }
+}
+
+TEST_CASE("attention and kv_append refuse what does not fit") {
+  Random random(17);
+  Cache cache(20, 2, 16, DType::f16);
+  cache.fill(random);
+  const auto refused = [&](const std::function<void(Attending&)>& spoil) {
+    Attending a{4, 16, 0.25f, {}, {}, {}, {}, {}};
+    a.add(random, cache, 3, 0, 18, 1);
+    spoil(a);
+    return input_error_of([&] { a.run(); });
+  };
+  CHECK(refused([](Attending&) {}).empty());
+  CHECK(refused([](Attending& a) { a.end[1] = 33; }) ==
+        "attention: entries 0 to 32 are not in the cache; its 2 pages hold 32.");
+  CHECK(refused([](Attending& a) { a.begin[0] = -1; }).find("entries -1 to") != std::string::npos);
+  CHECK(refused([](Attending& a) { a.runs[0].rows = 4; }).find("a run of 4 rows from row 0") != std::string::npos);
+  CHECK(refused([](Attending& a) { a.runs.push_back(a.runs[0]); }).find("without overlap") != std::string::npos);
+  CHECK(refused([](Attending& a) {
+          a.heads = 3;
+          a.q.resize(3 * 3 * 16);
+        }).find("3 heads cannot share 2 KV heads") != std::string::npos);
+  std::vector<void*> holes = {cache.pages[0], nullptr};
+  CHECK(refused([&](Attending& a) { a.runs[0].pages = holes; }).find("page 1 of the cache") != std::string::npos);
+  holes = {nullptr, cache.pages[1]};
+  CHECK(refused([&](Attending& a) {
+          a.runs[0].pages = holes;
+          a.begin = {16, 16, 16};
+        }).empty());
+  CHECK(input_error_of([] { kv_page_bytes(2, 15, DType::f16); }).find("head_dim 15") != std::string::npos);
+  CHECK(input_error_of([] { kv_page_bytes(0, 16, DType::f16); }).find("0 KV heads") != std::string::npos);
+  CHECK(input_error_of([] { kv_page_bytes(2, 16, DType::bf16); }).find("bfloat16") != std::string::npos);
+  CHECK(kv_page_bytes(3, 64, DType::f16) == 3 * 2 * 16 * 64 * 2);
+  const std::vector<float> row(32);
+  CHECK(input_error_of([&] { cache.append(row, row, 32); }).find("32 to 32 are not in the cache") != std::string::npos);
+}
+
+}  // namespace qtale::test
