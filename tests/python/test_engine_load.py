@@ -188,7 +188,7 @@ def test_memory_is_compared_with_what_is_free_before_reading(tmp_path: Path) -> 
     layout = plan_layout(folder, read_spec(folder.config, "folder"), WeightOptions(QuantSpec(4)))
     check_memory(layout, "folder", lambda: layout.nbytes + layout.workspace)
     check_memory(layout, "folder", lambda: None)
-    with pytest.raises(Error, match="folder: its weights take .* are free"):
+    with pytest.raises(Error, match=r"folder: its weights take .* are free"):
         check_memory(layout, "folder", lambda: layout.nbytes + layout.workspace - 1)
 
 

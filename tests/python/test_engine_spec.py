@@ -140,5 +140,5 @@ def test_what_the_engine_does_not_run_is_named(changes: dict[str, Any], named: s
 )
 def test_broken_values_are_refused(changes: dict[str, Any]) -> None:
     config = base(**changes)
-    with pytest.raises(CheckpointError, match="^folder"):
+    with pytest.raises(CheckpointError, match=r"^folder"):
         read_spec(config, "folder")

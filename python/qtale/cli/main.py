@@ -12,7 +12,21 @@ from typing import Protocol, cast
 
 from qtale.errors import Error
 
-VERBS = ("measure", "plan", "quantize", "deploy", "report", "inspect", "eval", "import_gguf", "doctor")
+VERBS = (
+    *(
+        "measure",
+        "plan",
+        "quantize",
+        "generate",
+        "chat",
+        "deploy",
+        "report",
+        "inspect",
+        "eval",
+        "import_gguf",
+        "doctor",
+    ),
+)
 
 
 class Verb(Protocol):
@@ -32,7 +46,7 @@ def _load_verb(module: str) -> Verb:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every verb; verbs import heavy packages only when they run."""
-    parser = argparse.ArgumentParser(prog="qtale", description="Quantize, inspect and score language models.")
+    parser = argparse.ArgumentParser(prog="qtale", description="Quantize, run, inspect and score language models.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for module in VERBS:

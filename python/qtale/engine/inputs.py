@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Inputs:
 
     def tokens_of(self, prompt: Sequence[int] | str) -> list[int]:
         """Checked token ids of a text or of ids; InputError where they are empty, unknown or too many."""
+        if not isinstance(prompt, (str, Iterable)):
+            raise InputError(f"{prompt!r} is no prompt; give a text, or a list of token ids.")
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [token_of(token) for token in prompt]
         self.check_tokens(tokens)
         return tokens

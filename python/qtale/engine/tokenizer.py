@@ -21,8 +21,8 @@ _MOST_PENDING = 16
 class Tokenizer:
     """Text to token ids and back; ``bos_token`` and ``eos_token`` are texts or None.
 
-    Special tokens are added as tokenizer.json's post-processor says, or, as transformers does, anew where
-    tokenizer_config.json has ``add_bos_token`` or ``add_eos_token``.
+    Special tokens are added as tokenizer.json's post-processor says; ``add_bos_token`` of tokenizer_config.json, which
+    it already contains, is ignored as transformers ignores it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,8 +32,6 @@ class Tokenizer:
         self.eos_token = self.special("eos_token")
         self._backend = _read_backend(folder)
         self._add_named_tokens()
-        if {"add_bos_token", "add_eos_token"} & self.config.keys() or self._backend.post_processor is None:
-            self._set_post_processor()
 
     def special(self, name: str) -> str | None:
         """The text of ``bos_token``, ``eos_token`` …, None where tokenizer_config.json has none."""
@@ -52,7 +50,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts, on several threads."""
-        return [list(each.ids) for each in self._backend.encode_batch(list(texts), add_special_tokens)]
+        found = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return [list(each.ids) for each in found]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -72,15 +71,6 @@ class Tokenizer:
         named = [self.special(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
         missing = [token for token in named if token and self._backend.token_to_id(token) is None]
         self._backend.add_special_tokens([AddedToken(token, special=True) for token in dict.fromkeys(missing)])
-
-    def _set_post_processor(self) -> None:
-        from tokenizers import processors
-
-        bos = self.bos_token if self.config.get("add_bos_token") else None
-        eos = self.eos_token if self.config.get("add_eos_token") else None
-        template = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
-        special = [(token, self._backend.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
-        self._backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
 
 
 class TextStream:

@@ -1,0 +1,110 @@
+"""``qtale generate MODEL "prompt"``: continue a prompt; the text streams to stdout as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from qtale.errors import InputError
+
+if TYPE_CHECKING:
+    from qtale.engine import Engine, Sampling
+
+NAME = "generate"
+HELP = "continue a prompt, in C++"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the verb."""
+    parser.add_argument("model", metavar="MODEL", help="a model folder, dense or quantized, a hub name, or 'demo'")
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; '-' reads it from stdin")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    parser.add_argument("--json", action="store_true", help="print a JSON object at the end instead of the text")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of loading, shared with ``qtale chat``."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--bits", type=int, metavar="N", help="round a dense model to 2, 3, 4 or 8 bits on the way in")
+    group.add_argument("--group-size", "--group_size", default="auto", metavar="N", help="of --bits; default auto")
+    group.add_argument("--lm-head-bits", "--lm_head_bits", type=int, metavar="N", help="round the head to 8 or 4 bits")
+    group.add_argument("--compute", choices=("int8", "float"), default="int8", help="how quantized layers multiply")
+    group.add_argument("--context", type=int, metavar="N", help="most tokens of a sequence; default as the model's")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of the engine; default as many as cores")
+    group.add_argument("--cache", metavar="auto|DIR", help="keep packed weights on disk, so that loading is fast")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of choosing tokens, shared with ``qtale chat``."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-new-tokens", "--max_new_tokens", type=int, metavar="N", help="default 256")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    group.add_argument("--top-k", "--top_k", type=int, default=0, metavar="K", help="0 is off")
+    group.add_argument("--top-p", "--top_p", type=float, default=1.0, metavar="P", help="1 is off")
+    group.add_argument("--min-p", "--min_p", type=float, default=0.0, metavar="P", help="0 is off")
+    group.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0, metavar="X")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens")
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the options ask for."""
+    import qtale
+    from qtale.integrations.scoring_model import model_folder
+
+    return qtale.load(
+        model_folder(args.model),
+        compute=args.compute,
+        bits=args.bits,
+        group_size=args.group_size,
+        lm_head_bits=args.lm_head_bits,
+        num_threads=args.threads,
+        context=args.context,
+        cache=args.cache,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """How tokens are chosen; InputError for values that are not accepted."""
+    from qtale.engine import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate; returns 0."""
+    sampling = sampling_of(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise InputError("generate: the prompt is empty; give a text.")
+    with load_engine(args) as engine, engine.session() as session:
+        engine.tokenizer  # noqa: B018 — a model without one is told before anything runs
+        start = time.perf_counter()
+        first = None
+        for piece in session.stream(prompt, args.max_new_tokens, sampling=sampling, stop=args.stop, seed=args.seed):
+            first = first or time.perf_counter()
+            if not args.json:
+                print(piece, end="", flush=True)
+        seconds = {"prompt": (first or start) - start, "answer": time.perf_counter() - (first or start)}
+        result = session.last
+    if not args.json:
+        print()
+    elif result is not None:
+        print(json.dumps({"prompt": prompt, **answer_json(result, seconds)}, ensure_ascii=False))
+    return 0
+
+
+def answer_json(result: Any, seconds: dict[str, float]) -> dict[str, Any]:
+    """The JSON fields of a generation."""
+    return {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": len(result.tokens),
+        "seconds": {key: round(value, 4) for key, value in seconds.items()},
+    }

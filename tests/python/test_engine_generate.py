@@ -1,0 +1,227 @@
+"""Generation: greedy against transformers, batches against singles, sampling against transformers' filters."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+import qtale
+from engine_samples import ids_of, make_model, save_model
+from qtale.engine import Engine, Generation, Piece, Sampling
+from qtale.engine.sampling import _filter, _penalize, choose, token_sources
+from qtale.errors import Error, InputError
+
+PROMPTS = [ids_of(count, seed=count) for count in (1, 9, 33, 70)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(make_model("qwen3", head_dim=16), tmp_path_factory.mktemp("generate") / "model")
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return qtale.load(folder)
+
+
+def test_greedy_is_what_transformers_generates(folder: Path, engine: Engine) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for prompt in PROMPTS:
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :]
+        found = engine.generate(prompt, 40)
+        assert isinstance(found, Generation)
+        assert list(found.tokens) == expected.tolist()
+        assert found.prompt_tokens == len(prompt)
+        assert found.finish_reason == ("stop" if found.tokens[-1] == 0 else "length")
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "top_p": 0.9, "repetition_penalty": 1.3}])
+def test_a_batch_gives_what_its_prompts_give_alone(engine: Engine, options: dict[str, Any]) -> None:
+    seeds = [11, 12, 13, 14]
+    batch = engine.generate(PROMPTS, 25, seed=seeds, ignore_end=True, **options)
+    alone = [
+        engine.generate(prompt, 25, seed=seed, ignore_end=True, **options)
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert batch == alone
+    assert not any(engine._passes.decoder.kv_bytes())
+
+
+def test_more_prompts_than_run_at_a_time_keep_their_order(engine: Engine) -> None:
+    prompts = [ids_of(3 + index % 5, seed=index) for index in range(40)]
+    results = engine.generate(prompts, 5, ignore_end=True)
+    assert isinstance(results, list)
+    assert [result.tokens for result in results] == [
+        engine.generate(prompt, 5, ignore_end=True).tokens
+        for prompt in prompts  # type: ignore[union-attr]
+    ]
+
+
+def test_a_stream_gives_the_pieces_of_the_text(engine: Engine) -> None:
+    prompts = ["One", "Another prompt"]
+    whole = engine.generate(prompts, 30, temperature=1.0, seed=3)
+    pieces = list(engine.generate(prompts, 30, temperature=1.0, seed=3, stream=True))
+    for index, result in enumerate(whole):
+        mine = [piece for piece in pieces if isinstance(piece, Piece) and piece.prompt == index]
+        assert "".join(mine) == result.text
+        assert tuple(token for piece in mine for token in piece.tokens) == result.tokens
+        assert [piece.finish_reason for piece in mine] == [None] * (len(mine) - 1) + [result.finish_reason]
+
+
+def test_leaving_a_stream_frees_its_cache(engine: Engine) -> None:
+    stream = engine.generate("Hello", 30, ignore_end=True, stream=True)
+    next(iter(stream))
+    assert any(engine._passes.decoder.kv_bytes())
+    stream.close()  # type: ignore[union-attr]
+    assert not any(engine._passes.decoder.kv_bytes())
+
+
+def test_text_ends_before_a_stop_string(engine: Engine) -> None:
+    whole = engine.generate("Hello", 60, temperature=1.0, seed=1, ignore_end=True)
+    text = str(whole)
+    stop = text[20:23]
+    at = min(place for place in (text.find(stop), text.find("\x00never")) if place >= 0)
+    found = engine.generate("Hello", 60, temperature=1.0, seed=1, ignore_end=True, stop=[stop, "\x00never"])
+    assert isinstance(found, Generation)
+    assert (found.text, found.finish_reason) == (text[:at], "stop")
+    pieces = engine.generate("Hello", 60, temperature=1.0, seed=1, ignore_end=True, stop=stop, stream=True)
+    assert "".join(str(piece) for piece in pieces) == text[:at]
+
+
+def test_seeds_repeat_and_differ(engine: Engine) -> None:
+    def tokens(**options: Any) -> list[tuple[int, ...]]:
+        found = engine.generate(["Hello"] * 2, 20, temperature=1.0, ignore_end=True, **options)
+        return [each.tokens for each in found]
+
+    one = tokens(seed=5)
+    assert one == tokens(seed=5)
+    assert one[0] != one[1]
+    assert one != tokens(seed=6)
+    assert tokens() != tokens()
+    assert tokens(seed=[5, 5]) == [one[0]] * 2
+
+
+def test_filters_are_those_of_transformers() -> None:
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (4, 5000)).astype(np.float32))
+    seen = torch.randint(0, 5000, (4, 30), generator=torch.Generator().manual_seed(0))
+    cases: list[dict[str, Any]] = [
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_k": 40},
+        {"top_p": 0.8},
+        {"top_p": 0.9999, "temperature": 3.0},
+        {"top_p": 1e-6},
+        {"min_p": 0.05},
+        {"repetition_penalty": 1.4},
+        {"temperature": 0.8, "top_k": 200, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.2},
+    ]
+    for case in cases:
+        options = Sampling(**{"temperature": 1.0, **case})
+        warpers = LogitsProcessorList([logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)])
+        warpers.append(logits_process.TemperatureLogitsWarper(options.temperature))
+        if options.top_k:
+            warpers.append(logits_process.TopKLogitsWarper(options.top_k))
+        if options.top_p < 1:
+            warpers.append(logits_process.TopPLogitsWarper(options.top_p))
+        if options.min_p:
+            warpers.append(logits_process.MinPLogitsWarper(options.min_p))
+        expected = torch.softmax(warpers(seen, logits.clone()), dim=1).numpy()
+        sources = token_sources(4, 0)
+        for source, row in zip(sources, seen.tolist(), strict=True):
+            source.seen.update(row)
+        found = logits.numpy().copy()
+        _penalize(found, sources, options.repetition_penalty)
+        probabilities = torch.softmax(torch.from_numpy(_filter(found, options)), dim=1).numpy()
+        assert ((probabilities > 0) == (expected > 0)).all(), case
+        np.testing.assert_allclose(probabilities, expected, rtol=2e-4, atol=1e-9)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    probabilities = np.array([0.5, 0.0, 0.3, 0.2])
+    with np.errstate(divide="ignore"):
+        logits = np.log(probabilities).astype(np.float32)
+    (source,) = token_sources(1, 7)
+    drawn = [choose(logits[None].copy(), [source], Sampling(temperature=1.0))[0] for _ in range(4000)]
+    shares = np.bincount(drawn, minlength=4) / 4000
+    assert shares[1] == 0
+    # Four standard deviations.
+    assert np.abs(shares - probabilities).max() < 4 * np.sqrt(0.25 / 4000)
+
+
+def test_logits_that_are_no_numbers_are_told() -> None:
+    with pytest.raises(Error, match="finite"):
+        choose(np.full((1, 4), np.nan, np.float32), token_sources(1, 0), Sampling())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_p": 0}, "top_p 0"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": [1, 2]}, "2 seeds"),
+        ({"stop": ""}, "stop"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 252}, "prompt of 5 tokens and 252 new tokens do not fit the context of 256"),
+    ],
+)
+def test_wrong_values_are_named(engine: Engine, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        engine.generate("Hello", **options)
+
+
+def test_wrong_prompts_are_named(engine: Engine) -> None:
+    for wrong in ("", [[]], [300], ["ok", ""], [[1], 2]):
+        with pytest.raises(InputError):
+            engine.generate(wrong)  # type: ignore[arg-type]
+    assert engine.generate([]) == []
+
+
+def test_a_session_reads_only_what_is_new(engine: Engine) -> None:
+    with engine.session() as session:
+        first = ids_of(50)
+        answer = "".join(session.stream(first, 10))
+        assert session.last == engine.generate(first, 10)
+        assert session.last is not None
+        assert session.last.text == answer
+        assert session.reused == 0
+        second = [*first, *session.last.tokens, *ids_of(20, seed=9)]
+        list(session.stream(second, 10))
+        assert session.reused >= 50 + len(session.last.tokens) - 1 - 10
+        assert session.last == engine.generate(second, 10)
+        list(session.stream(first[:30], 10))
+        assert session.reused == 29
+        assert session.last == engine.generate(first[:30], 10)
+        stream = session.stream(second, 10)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        list(session.stream(second, 10))
+        assert session.last == engine.generate(second, 10)
+    assert not any(engine._passes.decoder.kv_bytes())
+
+
+def test_threads_take_turns(engine: Engine) -> None:
+    expected = [engine.generate(prompt, 10, ignore_end=True) for prompt in PROMPTS]
+    found: list[Any] = [None] * len(PROMPTS)
+
+    def work(index: int) -> None:
+        found[index] = engine.generate(PROMPTS[index], 10, ignore_end=True)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
