@@ -27,7 +27,7 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         try:
-            memory = mmap.mmap(-1, nbytes + _HUGE_PAGE)
+            memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError, ValueError) as error:
             raise Error(f"load: the system does not give {nbytes} bytes of memory ({error}).") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
