@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from measure import huge_array, machine, undisturbed, wall
+from measure import huge_array
 from qtale import _core, ops
+from qtale.bench import machine, undisturbed, wall
 from qtale.errors import Error
 from qtale.tensors import memory
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from measure import ALIGNMENT, Array, Paired, huge_array, paired, quiet_median, wall
+from measure import ALIGNMENT, Array, huge_array
 from qtale import _core
+from qtale.bench import Paired, paired, quiet_median, wall
 from qtale.tensors import memory
 
 OUT, IN = 5632, 2048  # one matrix

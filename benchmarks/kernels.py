@@ -27,8 +27,9 @@ from kernel_cases import (
     sweep,
     two_threads,
 )
-from measure import huge_share, machine
+from measure import huge_share
 from qtale import _core
+from qtale.bench import machine, machine_lines
 from qtale.errors import Error
 
 PEAKS = ("int8_dot", "u4_int16", "f32_fma")
@@ -118,14 +119,7 @@ def amount(value: float | None, unit: str) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The results for people."""
-    about = result["machine"]
-    lines = [
-        f"{about['cpu']} (family {about['family']}, model {about['model']}), {about['cpus']} CPUs, {about['system']}"
-    ]
-    lines.append(
-        f"kernels: {about['isa']} of {', '.join(about['isas'])}; qtale {about['qtale']['version']}, "
-        f"{about['qtale']['compiler']}; numpy {about['numpy']}, Python {about['python']}"
-    )
+    lines = machine_lines(result["machine"])
     for limit in result["limits"]:
         peaks = ", ".join(f"{name} {amount(limit[name], 'op/s')}" for name in PEAKS)
         lines.append(

@@ -17,7 +17,7 @@ LEVELS = (
     {"checkpoint", "format", "nn"},
     {"importance", "planner", "memory", "ptq", "routing", "qat"},
     {"engine"},
-    {"integrations", "deployment", "report", "demo"},
+    {"integrations", "deployment", "report", "demo", "bench"},
     {"cli", "eval", "doctor", "__main__"},
 )
 LEVEL = {name: level for level, members in enumerate(LEVELS) for name in members}
