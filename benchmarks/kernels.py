@@ -27,9 +27,8 @@ from kernel_cases import (
     sweep,
     two_threads,
 )
-from measure import huge_share
 from qtale import _core
-from qtale.bench import machine, machine_lines
+from qtale.bench import huge_share, machine, machine_lines
 from qtale.errors import Error
 
 PEAKS = ("int8_dot", "u4_int16", "f32_fma")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,18 +24,3 @@ def huge_array(size: int) -> Array:
     array = array[start : start + size]
     array.fill(0)
     return array
-
-
-def huge_share(array: Array) -> float | None:
-    """Part of the array's mapping that lies in huge pages, by /proc/self/smaps; None where there is no such file."""
-    smaps = Path("/proc/self/smaps")
-    if not smaps.exists():
-        return None
-    address, inside, sizes = array.ctypes.data, False, {"Rss": 0, "AnonHugePages": 0}
-    for line in smaps.read_text().splitlines():
-        span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if span:
-            inside = int(span[1], 16) < address + array.nbytes and int(span[2], 16) > address
-        elif inside and line.partition(":")[0] in sizes:
-            sizes[line.partition(":")[0]] += int(line.split()[1])
-    return sizes["AnonHugePages"] / sizes["Rss"] if sizes["Rss"] else None

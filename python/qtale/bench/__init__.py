@@ -3,7 +3,7 @@
 from qtale.bench.figures import Row, batches, decode, prefill, table
 from qtale.bench.gguf_shape import gguf_bytes_per_token, write_shape
 from qtale.bench.llama_bench import LlamaBench, find_llama_bench, peer_folder
-from qtale.bench.machine import machine, machine_lines
+from qtale.bench.machine import huge_share, machine, machine_lines
 from qtale.bench.samples import Paired, paired, quiet_median, undisturbed, wall
 from qtale.bench.subject import Subject, Work
 
@@ -17,6 +17,7 @@ __all__ = [
     "decode",
     "find_llama_bench",
     "gguf_bytes_per_token",
+    "huge_share",
     "machine",
     "machine_lines",
     "paired",

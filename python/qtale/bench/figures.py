@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qtale import _core
+from qtale.bench.machine import huge_share
 from qtale.bench.samples import Paired, paired, quiet_median
 from qtale.bench.subject import Decoding, Subject
 
@@ -71,6 +72,7 @@ def decode(subject: Subject, repeats: int) -> Row:
         result = paired(rate, [partial(subject.read_rate, i) for i in chosen], repeats)
     name = f"read, {_core.reader_names()[chosen[result.best]]}"
     extra = {"limit_name": name, "limit_unit": "B/s", "token_bytes": work.token_bytes, "batch": 1}
+    extra["huge_pages"] = huge_share(subject.model.arena.bytes)
     return make_row("decode", result.value / work.token_bytes, "tokens/s", result, **extra)
 
 

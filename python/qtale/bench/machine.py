@@ -5,9 +5,13 @@ from __future__ import annotations
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtale import _core
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 def machine() -> dict[str, Any]:
@@ -40,3 +44,18 @@ def machine_lines(about: dict[str, Any]) -> list[str]:
         f"kernels: {about['isa']} of {', '.join(about['isas'])}; qtale {about['qtale']['version']}, "
         f"{about['qtale']['compiler']}; numpy {about['numpy']}, Python {about['python']}",
     ]
+
+
+def huge_share(array: npt.NDArray[np.uint8]) -> float | None:
+    """Part of the array's mapping that lies in huge pages, by /proc/self/smaps; None where there is no such file."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        return None
+    address, inside, sizes = array.ctypes.data, False, {"Rss": 0, "AnonHugePages": 0}
+    for line in smaps.read_text().splitlines():
+        span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if span:
+            inside = int(span[1], 16) < address + array.nbytes and int(span[2], 16) > address
+        elif inside and line.partition(":")[0] in sizes:
+            sizes[line.partition(":")[0]] += int(line.split()[1])
+    return sizes["AnonHugePages"] / sizes["Rss"] if sizes["Rss"] else None

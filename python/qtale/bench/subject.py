@@ -80,14 +80,16 @@ class Subject:
         )
 
     @property
-    def weights(self) -> list[Memory]:
-        """The memory that each decoded token reads."""
+    def weights(self) -> Memory:
+        """The memory that each decoded token reads: it lies in one piece, norms among it."""
         blocks = [block for part in (*self._layers, self._head) for block in part]
-        return [memory_of(self.model.arena.view(block.offset, block.nbytes), "uint8") for block in blocks]
+        start, end = min(block.offset for block in blocks), max(block.offset + block.nbytes for block in blocks)
+        return memory_of(self.model.arena.view(start, end - start), "uint8")
 
     def read_rate(self, reader: int) -> float:
         """Bytes per second of reading the same memory once by a reader of the library."""
-        return self.work.token_bytes / float(_core.read_seconds(self.weights, reader))
+        weights = self.weights
+        return weights[2][0] / float(_core.read_seconds([weights], reader))
 
     def _take(self, count: int) -> list[int]:
         found = np.take(self._tokens, range(self._next, self._next + count), mode="wrap")
