@@ -140,6 +140,38 @@ def jaccard(a: Array, b: Array) -> Any:
     return out
 
 
+def matmul(x: Array, weight: Array, bias: Array | None) -> Any:
+    """:func:`qtale.ops.matmul`."""
+    if x.ndim == 0:
+        raise InputError("matmul: x is a scalar; expected [..., in].")
+    shape = x.shape
+    flat = x.ndim == 2
+    rows = x if flat else contiguous(x.reshape(math.prod(shape[:-1]), shape[-1]))
+    out_features, _ = _matrix_shape("matmul", "weight", weight)
+    y = empty(x, (rows.shape[0], out_features), "float32")
+    bias32 = _float32(bias)
+    _core.matmul(memory(rows), memory(weight), _optional(bias32), memory(y))
+    return y if flat else y.reshape((*shape[:-1], out_features))
+
+
+def compact_rows(x: Array, indices: Array) -> Any:
+    """:func:`qtale.ops.compact_rows`."""
+    _, size = _matrix_shape("compact_rows", "x", x)
+    if indices.ndim != 1:
+        raise InputError(f"compact_rows: indices has shape {list(indices.shape)}; expected a vector.")
+    out = empty(x, (indices.shape[0], size), "float32")
+    _core.compact_rows(memory(x), memory(indices), memory(out))
+    return out
+
+
+def scatter_add_rows(x: Array, delta: Array, indices: Array, gates: Array | None) -> Any:
+    """:func:`qtale.ops.scatter_add_rows`."""
+    out = empty(x, _matrix_shape("scatter_add_rows", "x", x), dtype_name(x))
+    out[:] = x
+    _core.scatter_add_rows(memory(delta), memory(indices), _optional(gates), memory(out))
+    return out
+
+
 def _float32(bias: Array | None) -> Any:
     if bias is None:
         return None

@@ -4,7 +4,8 @@ Weights are ``[out_features, in_features]``. Codes are signed integers of ``num_
 ``[-2^(num_bits - 1), 2^(num_bits - 1) - 1]``; a weight is ``(code - zero_point) * scale`` with one scale (and zero
 point) per output row and group of ``in_features / groups`` inputs. Round to nearest, ties to even.
 
-Torch tensors go through ``torch.ops.qtale`` (:mod:`qtale.torch_ops`), so they can be compiled and differentiated.
+Torch tensors go through ``torch.ops.qtale`` (:mod:`qtale.torch_ops`, :mod:`qtale.torch_dense`), so they can be compiled
+and differentiated.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
     from qtale.tensors import Array
 
 __all__ = [
+    "compact_rows",
     "dequantize",
     "fake_quantize",
     "jaccard",
+    "matmul",
     "pack",
     "prepack",
     "prepacked_info",
     "project_topk",
     "qmatmul",
     "quantize",
+    "scatter_add_rows",
     "unpack",
     "unprepack",
 ]
@@ -47,6 +51,14 @@ def _backend(array: Array) -> ModuleType:
     if not isinstance(array, np.ndarray):
         raise not_an_array(array)
     return kernels
+
+
+def _dense_backend(array: Array) -> ModuleType:
+    if is_torch(array):
+        import qtale.torch_dense
+
+        return qtale.torch_dense
+    return _backend(array)
 
 
 def _check_float(op: str, name: str, dtype: str | None) -> None:
@@ -143,3 +155,33 @@ def jaccard(a: Array, b: Array) -> Any:
     What stands twice in a row counts once; two empty sets give 1. There is no gradient.
     """
     return _backend(a).jaccard(a, b)
+
+
+def matmul(x: Array, weight: Array, bias: Array | None = None) -> Any:
+    """``x @ weight.T + bias`` in float32 with a weight that is not quantized; x [..., in], result [..., out].
+
+    x is float32; weight [out, in] float32, float16 or bfloat16, its rows contiguous; bias [out]. Sums are float32,
+    ``|error| <= (in + 8) * 2^-24 * (sum_i |x_i * weight_i| + |bias|)``. A row of the result depends on its row of x
+    alone, bit for bit, whatever rows it comes with. With autograd, gradients reach x, weight and bias.
+    Raises InputError for other dtypes and shapes that do not fit.
+    """
+    return _dense_backend(x).matmul(x, weight, bias)
+
+
+def compact_rows(x: Array, indices: Array) -> Any:
+    """``x[indices]`` in float32 [count, n]: the rows of x that execute a routed block, side by side.
+
+    x is [rows, n] in float32, float16 or bfloat16, its rows contiguous; indices int32 [count] in any order. With
+    autograd, gradients reach x. Raises InputError for an index outside of x.
+    """
+    return _dense_backend(x).compact_rows(x, indices)
+
+
+def scatter_add_rows(x: Array, delta: Array, indices: Array, gates: Array | None = None) -> Any:
+    """A copy of x with ``gates[i] * delta[i]`` added to its row ``indices[i]``: what a routed block gives back.
+
+    x [rows, n] and delta [count, n] are float32 with contiguous rows; indices int32 [count], none twice; gates float32
+    [count], all 1 by default. With autograd, gradients reach x, delta and gates.
+    Raises InputError for an index outside of x or one that stands twice.
+    """
+    return _dense_backend(x).scatter_add_rows(x, delta, indices, gates)

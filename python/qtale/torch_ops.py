@@ -1,22 +1,19 @@
 """``torch.ops.qtale``: the operators for torch tensors, with shapes for tracing and formulas for autograd.
 
-Defined through ``torch.library.Library``, whose calls cost a fraction of ``torch.library.custom_op``'s. Importing this
-module registers them; :mod:`qtale.ops` imports it with the first torch tensor.
+Importing this module registers them; :mod:`qtale.ops` imports it with the first torch tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtale import _core, kernels
-from qtale.errors import InputError, UnsupportedError
+from qtale.errors import InputError
 from qtale.tensors import torch_dtype_name
-
-F = TypeVar("F", bound=Callable[..., Any])
+from qtale.torch_library import define, fake, impl, register_backward, without_gradient
 
 _SCHEMAS = (
     "quantize(Tensor weight, int num_bits, int group_size, bool symmetric, ScalarType? scale_dtype)"
@@ -33,31 +30,7 @@ _SCHEMAS = (
 )
 
 # No defaults: :mod:`qtale.ops` alone has them.
-_library: Any = torch.library.Library("qtale", "DEF")  # type: ignore[no-untyped-call]
-for _schema in _SCHEMAS:
-    _library.define(_schema)
-
-
-def _impl(name: str) -> Callable[[F], F]:
-    """Registers the CPU kernel of an operator, and a refusal for every other device."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        devices = sorted({str(arg.device) for arg in args if isinstance(arg, Tensor)})
-        raise UnsupportedError(
-            f"{name}: has no kernel for tensors on {' and '.join(devices)}, because "
-            f"{_core.build_info()['cuda_reason']}; move all of them to the CPU."
-        )
-
-    def register(function: F) -> F:
-        _library.impl(name, function, "CPU")
-        _library.impl(name, refuse, "CompositeExplicitAutograd")
-        return function
-
-    return register
-
-
-def _fake(name: str) -> Callable[[F], F]:
-    return cast("Callable[[F], F]", torch.library.register_fake(f"qtale::{name}", lib=_library))
+define(*_SCHEMAS)
 
 
 def _name(dtype: torch.dtype | None) -> str | None:
@@ -82,7 +55,7 @@ def quantize(
 
 
 # A schema cannot return an optional tensor: symmetric weights give a zero_point of no columns.
-@_impl("quantize")
+@impl("quantize")
 def _quantize(
     weight: Tensor, num_bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +63,7 @@ def _quantize(
     return codes, scale, codes.new_empty((codes.shape[0], 0)) if zero_point is None else zero_point
 
 
-@_fake("quantize")
+@fake("quantize")
 def _quantize_fake(
     weight: Tensor, num_bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,12 +82,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: s
     return torch.ops.qtale.dequantize.default(codes, scale, zero_point, _dtype(dtype))
 
 
-@_impl("dequantize")
+@impl("dequantize")
 def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None) -> Any:
     return kernels.dequantize(codes, scale, zero_point, _name(dtype))
 
 
-@_fake("dequantize")
+@fake("dequantize")
 def _dequantize_fake(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     return torch.empty(codes.shape, dtype=dtype or scale.dtype, device=codes.device)
 
@@ -137,27 +110,27 @@ def prepack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, *, num_bits
     return torch.ops.qtale.prepack.default(codes, scale, zero_point, num_bits)
 
 
-_impl("pack")(kernels.pack)
-_impl("unpack")(kernels.unpack)
+impl("pack")(kernels.pack)
+impl("unpack")(kernels.unpack)
 
 
-@_impl("prepack")
+@impl("prepack")
 def _prepack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Any:
     return kernels.prepack(codes, scale, zero_point, num_bits=num_bits)
 
 
-@_fake("pack")
+@fake("pack")
 def _pack_fake(codes: Tensor, num_bits: int) -> Tensor:
     rows, cols = codes.shape
     return codes.new_empty((rows, (cols * num_bits + 31) // 32), dtype=torch.int32)
 
 
-@_fake("unpack")
+@fake("unpack")
 def _unpack_fake(packed: Tensor, num_bits: int, cols: int) -> Tensor:
     return packed.new_empty((packed.shape[0], cols), dtype=torch.int8)
 
 
-@_fake("prepack")
+@fake("prepack")
 def _prepack_fake(codes: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
     # The layout's size is no formula of the shapes: tracing takes them as constants.
     out_features, in_features = (int(size) for size in codes.shape)
@@ -174,24 +147,24 @@ def qmatmul(x: Tensor, prepacked: Tensor, out_features: int, bias: Tensor | None
     return torch.ops.qtale.qmatmul.default(x, prepacked, out_features, bias, compute)
 
 
-_impl("qmatmul")(kernels.qmatmul)
+impl("qmatmul")(kernels.qmatmul)
 
 
-@_fake("qmatmul")
+@fake("qmatmul")
 def _qmatmul_fake(x: Tensor, prepacked: Tensor, out_features: int, bias: Tensor | None, compute: str) -> Tensor:
     if x.device != prepacked.device:
         raise InputError(f"qmatmul: x is on {x.device}, the weight on {prepacked.device}; move them to one device.")
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@_impl("qmatmul_input_grad")
+@impl("qmatmul_input_grad")
 def _qmatmul_input_grad(grad: Tensor, prepacked: Tensor, in_features: int) -> Tensor:
     codes, scale, zero_point = kernels.unprepack(prepacked)
     weight: Tensor = kernels.dequantize(codes, scale, zero_point, "float32")
     return (grad.float() @ weight).to(grad.dtype)
 
 
-@_fake("qmatmul_input_grad")
+@fake("qmatmul_input_grad")
 def _qmatmul_input_grad_fake(grad: Tensor, prepacked: Tensor, in_features: int) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
@@ -232,12 +205,12 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, *, num_bi
     return torch.ops.qtale.fake_quantize.default(x, scale, zero_point, num_bits)
 
 
-@_impl("fake_quantize")
+@impl("fake_quantize")
 def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Any:
     return kernels.fake_quantize(x, scale, zero_point, num_bits=num_bits)
 
 
-@_fake("fake_quantize")
+@fake("fake_quantize")
 def _fake_quantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -270,30 +243,25 @@ def jaccard(a: Tensor, b: Tensor) -> Any:
     return torch.ops.qtale.jaccard.default(a, b)
 
 
-_impl("project_topk")(kernels.project_topk)
+impl("project_topk")(kernels.project_topk)
 
 
-@_fake("project_topk")
+@fake("project_topk")
 def _project_topk_fake(x: Tensor, matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], k)), x.new_empty((x.shape[0], k), dtype=torch.int32)
 
 
-_impl("jaccard")(kernels.jaccard)
+impl("jaccard")(kernels.jaccard)
 
 
-@_fake("jaccard")
+@fake("jaccard")
 def _jaccard_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty((a.shape[0],), dtype=torch.float64)
 
 
-torch.library.register_autograd("qtale::qmatmul", _qmatmul_backward, setup_context=_qmatmul_context, lib=_library)
-torch.library.register_autograd(
-    "qtale::qmatmul_input_grad", _input_grad_backward, setup_context=_input_grad_context, lib=_library
-)
-torch.library.register_autograd(
-    "qtale::fake_quantize", _fake_quantize_backward, setup_context=_fake_quantize_context, lib=_library
-)
+register_backward("qmatmul", _qmatmul_backward, _qmatmul_context)
+register_backward("qmatmul_input_grad", _input_grad_backward, _input_grad_context)
+register_backward("fake_quantize", _fake_quantize_backward, _fake_quantize_context)
 
 # Codes and token sets have no gradient: their results never require one, whatever the inputs do.
-for _operator in ("quantize", "dequantize", "pack", "unpack", "prepack", "project_topk", "jaccard"):
-    _library.impl(_operator, torch.library.fallthrough_kernel, "Autograd")
+without_gradient("quantize", "dequantize", "pack", "unpack", "prepack", "project_topk", "jaccard")

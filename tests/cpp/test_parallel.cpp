@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <thread>
 
@@ -33,6 +34,22 @@ std::int64_t parallel_sum(std::int64_t size) {
     for (std::int64_t i = begin; i < end; ++i) sum += i;
   });
   return sum;
+}
+
+// The threads that take part in a call; its first ranges wait until so many have come.
+std::set<std::thread::id> threads_of(std::int64_t size, int expected) {
+  std::mutex mutex;
+  std::set<std::thread::id> seen;
+  std::atomic<int> count{0};
+  parallel_for(size, 1, [&](std::int64_t, std::int64_t) {
+    {
+      const std::lock_guard lock(mutex);
+      seen.insert(std::this_thread::get_id());
+      count = static_cast<int>(seen.size());
+    }
+    while (count < expected) std::this_thread::yield();
+  });
+  return seen;
 }
 
 // Runs fn in a forked child that is killed when it hangs; its exit status.
@@ -145,6 +162,60 @@ TEST_CASE("set_num_threads: takes 1 to 1024 and says so") {
   }
   const ThreadScope scope(5);
   CHECK(num_threads() == 5);
+}
+
+TEST_CASE("ThreadLimit: so many threads take part, fewer or more than the process uses") {
+  const ThreadScope scope(3);
+  for (const int count : {1, 2, 5, 3, 2, 4}) {
+    const ThreadLimit limit(count);
+    CHECK(num_threads() == count);
+    CHECK(threads_of(64, count).size() == static_cast<std::size_t>(count));
+    CHECK(parallel_sum(1000) == 499500);
+  }
+  CHECK(num_threads() == 3);
+  CHECK(threads_of(64, 3).size() == 3);
+}
+
+TEST_CASE("ThreadLimit: scopes nest, 0 changes nothing, other threads see nothing") {
+  const ThreadScope scope(3);
+  {
+    const ThreadLimit outer(2);
+    {
+      const ThreadLimit inner(4), none(0);
+      CHECK(num_threads() == 4);
+    }
+    CHECK(num_threads() == 2);
+    set_num_threads(6);
+    CHECK(num_threads() == 2);
+    int elsewhere = 0;
+    std::thread([&] { elsewhere = num_threads(); }).join();
+    CHECK(elsewhere == 6);
+  }
+  CHECK(num_threads() == 6);
+}
+
+TEST_CASE("ThreadLimit: takes 0 to 1024 and says so") {
+  for (const int count : {-1, 1025}) {
+    const std::string message = input_error_of([&] { const ThreadLimit limit(count); });
+    CHECK(message.find("ThreadLimit: " + std::to_string(count)) == 0);
+  }
+}
+
+TEST_CASE("ThreadLimit: callers with limits of their own do not disturb each other") {
+  const ThreadScope scope(2);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller)
+    callers.emplace_back([&wrong, caller] {
+      for (int turn = 0; turn < 200; ++turn) {
+        const int count = 1 + (caller + turn) % 4;
+        const ThreadLimit limit(count);
+        wrong += parallel_sum(257) != 257 * 256 / 2;
+        wrong += threads_of(40, 1).size() > static_cast<std::size_t>(count);
+      }
+    });
+  for (auto& caller : callers) caller.join();
+  CHECK(wrong == 0);
 }
 
 TEST_CASE("parallel_for: works in a forked child and afterwards in its parent") {

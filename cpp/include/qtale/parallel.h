@@ -10,6 +10,19 @@ namespace qtale {
 int num_threads();
 void set_num_threads(int count);
 
+// Gives the calling thread a number of its own until the end of the scope: num_threads() returns it, and parallel_for
+// uses as many, also where the process has fewer. 0 leaves things as they are.
+class ThreadLimit {
+ public:
+  explicit ThreadLimit(int count);
+  ~ThreadLimit();
+  ThreadLimit(const ThreadLimit&) = delete;
+  ThreadLimit& operator=(const ThreadLimit&) = delete;
+
+ private:
+  int before_;
+};
+
 namespace detail {
 using RangeFn = void (*)(void* context, std::int64_t begin, std::int64_t end);
 void parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, void* context);

@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -23,6 +24,7 @@ constexpr int kMaxThreads = 1024;
 constexpr int kSpins = 4000;         // some tens of microseconds: the gap between two layers of one model
 constexpr std::int64_t kChunks = 4;  // ranges per thread, so that a thread the host delays does not hold up the rest
 thread_local bool inside_range = false;
+thread_local int thread_limit = 0;  // 0: none of its own
 
 void relax() {
 #if defined(__x86_64__)
@@ -75,39 +77,29 @@ struct Job {
   }
 };
 
+// Workers live until the process ends: a call takes as many of them as it may use, the others sleep on.
 class Pool {
  public:
-  explicit Pool(int threads) : owner_(getpid()) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { loop(); });
-  }
-
-  ~Pool() {
-    {
-      const std::lock_guard lock(mutex_);
-      stop_ = true;
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
-  }
-
+  Pool() : owner_(getpid()) {}
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
   bool owned_by_this_process() const { return owner_ == getpid(); }
 
-  void run(Job& job) {
+  // On the caller and threads - 1 workers.
+  void run(Job& job, int threads) {
+    const auto helpers = static_cast<std::size_t>(threads - 1);
+    while (workers_.size() < helpers) workers_.push_back(std::make_unique<Worker>(*this));
     {
       const std::lock_guard lock(mutex_);
-      job_ = &job;
-      generation_.fetch_add(1, std::memory_order_release);
+      for (std::size_t i = 0; i < helpers; ++i) workers_[i]->give(&job);
     }
-    if (sleepers_.load(std::memory_order_acquire) > 0) wake_.notify_all();
+    for (std::size_t i = 0; i < helpers; ++i) workers_[i]->wake();
     job.work();
     {
       const std::lock_guard lock(mutex_);
-      job_ = nullptr;  // a worker that wakes up only now finds nothing to join and holds nobody up
+      // A worker that wakes up only now finds nothing to join and holds nobody up.
+      for (std::size_t i = 0; i < helpers; ++i) workers_[i]->take_back();
     }
     for (int spin = 0; active_.load(std::memory_order_acquire) != 0; ++spin) {
       if (spin < kSpins) {
@@ -119,45 +111,63 @@ class Pool {
   }
 
  private:
-  void loop() {
-    std::uint64_t seen = 0;
-    for (;;) {
-      seen = wait_for_generation(seen);
-      Job* job = nullptr;
-      {
-        const std::lock_guard lock(mutex_);
-        if (stop_) return;
-        job = job_;
-        if (job != nullptr) active_.fetch_add(1, std::memory_order_relaxed);
-      }
-      if (job == nullptr) continue;
-      job->work();
-      active_.fetch_sub(1, std::memory_order_release);
+  class alignas(64) Worker {
+   public:
+    explicit Worker(Pool& pool) : pool_(pool) {
+      std::thread([this] { loop(); }).detach();
     }
-  }
 
-  std::uint64_t wait_for_generation(std::uint64_t seen) {
-    for (int spin = 0; spin < kSpins; ++spin) {
-      const std::uint64_t now = generation_.load(std::memory_order_acquire);
-      if (now != seen) return now;
-      relax();
+    // These two with the pool's mutex held.
+    void give(Job* job) {
+      job_ = job;
+      calls_.fetch_add(1, std::memory_order_release);
     }
-    std::unique_lock lock(mutex_);
-    sleepers_.fetch_add(1, std::memory_order_acq_rel);
-    wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-    sleepers_.fetch_sub(1, std::memory_order_acq_rel);
-    return generation_.load(std::memory_order_acquire);
-  }
+    void take_back() { job_ = nullptr; }
+
+    void wake() {
+      if (asleep_.load(std::memory_order_acquire)) wake_.notify_one();
+    }
+
+   private:
+    [[noreturn]] void loop() {
+      for (std::uint64_t seen = 0;;) {
+        seen = wait_for_call(seen);
+        Job* job = nullptr;
+        {
+          const std::lock_guard lock(pool_.mutex_);
+          job = job_;
+          if (job != nullptr) pool_.active_.fetch_add(1, std::memory_order_relaxed);
+        }
+        if (job == nullptr) continue;
+        job->work();
+        pool_.active_.fetch_sub(1, std::memory_order_release);
+      }
+    }
+
+    std::uint64_t wait_for_call(std::uint64_t seen) {
+      for (int spin = 0; spin < kSpins; ++spin) {
+        const std::uint64_t now = calls_.load(std::memory_order_acquire);
+        if (now != seen) return now;
+        relax();
+      }
+      std::unique_lock lock(pool_.mutex_);
+      asleep_.store(true, std::memory_order_release);
+      wake_.wait(lock, [&] { return calls_.load(std::memory_order_acquire) != seen; });
+      asleep_.store(false, std::memory_order_release);
+      return calls_.load(std::memory_order_acquire);
+    }
+
+    Pool& pool_;
+    std::atomic<std::uint64_t> calls_{0};
+    std::atomic<bool> asleep_{false};
+    Job* job_ = nullptr;
+    std::condition_variable wake_;
+  };
 
   const pid_t owner_;
   std::mutex mutex_;
-  std::condition_variable wake_;
-  std::atomic<std::uint64_t> generation_{0};
   std::atomic<int> active_{0};
-  std::atomic<int> sleepers_{0};
-  bool stop_ = false;
-  Job* job_ = nullptr;
-  std::vector<std::thread> workers_;
+  std::vector<std::unique_ptr<Worker>> workers_;
 };
 
 std::mutex& pool_mutex() {
@@ -170,23 +180,17 @@ std::atomic<int>& configured_threads() {
   return count;
 }
 
-// The pool for the configured thread count; call with pool_mutex held. Never destroyed at exit: in a forked child
-// its workers do not exist, and joining them would hang.
+// Call with pool_mutex held. Never destroyed: at exit nobody waits for workers, and in a forked child, which gets a
+// pool of its own, they do not exist.
 Pool& pool() {
   static Pool* instance = nullptr;
-  const int wanted = configured_threads();
-  if (instance != nullptr && !instance->owned_by_this_process()) instance = nullptr;
-  if (instance != nullptr && instance->threads() != wanted) {
-    delete instance;
-    instance = nullptr;
-  }
-  if (instance == nullptr) instance = new Pool(wanted);
+  if (instance == nullptr || !instance->owned_by_this_process()) instance = new Pool();
   return *instance;
 }
 
 }  // namespace
 
-int num_threads() { return configured_threads(); }
+int num_threads() { return thread_limit > 0 ? thread_limit : configured_threads().load(); }
 
 void set_num_threads(int count) {
   if (count < 1 || count > kMaxThreads)
@@ -194,16 +198,24 @@ void set_num_threads(int count) {
   configured_threads() = count;
 }
 
+ThreadLimit::ThreadLimit(int count) : before_(thread_limit) {
+  if (count < 0 || count > kMaxThreads)
+    fail_input("ThreadLimit: {} is not a number of threads; use 1 to {}, or 0 for no limit.", count, kMaxThreads);
+  if (count > 0) thread_limit = count;
+}
+
+ThreadLimit::~ThreadLimit() { thread_limit = before_; }
+
 void detail::parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, void* context) {
   if (size <= 0) return;
   grain = std::max<std::int64_t>(grain, 1);
-  if (size <= grain || inside_range || num_threads() == 1) return fn(context, 0, size);
+  const int threads = num_threads();
+  if (size <= grain || inside_range || threads == 1) return fn(context, 0, size);
   const std::unique_lock lock(pool_mutex(), std::try_to_lock);
   if (!lock) return fn(context, 0, size);
-  Pool& workers = pool();
-  const std::int64_t share = (size + workers.threads() * kChunks - 1) / (workers.threads() * kChunks);
+  const std::int64_t share = (size + threads * kChunks - 1) / (threads * kChunks);
   Job job{fn, context, size, std::max(grain, share), {}, {}, {}};
-  workers.run(job);
+  pool().run(job, threads);
   if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -202,12 +202,11 @@ class ManyRows {
 
 template <int Group, int Vecs, class Sink>
 void run(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Sink& sink) {
-  constexpr int kFewEntries = kWidth >= 16 ? 4 : 2;
   with_type(a.matrix.dtype, [&](auto element) {
     using E = decltype(element);
     if (a.rows > kFewRows) return ManyRows<E, Group, Vecs, Sink>(a, scratch, sink).run(begin, end);
-    for (; begin + kFewEntries <= end; begin += kFewEntries) few_rows<E, kFewEntries>(a, begin, sink);
-    for (; begin < end; ++begin) few_rows<E, 1>(a, begin, sink);
+    if (a.rows <= kStreamRows || kStreamRows == kFewTile) return few_rows<E, 4, kStreamRows>(a, begin, end, sink);
+    if constexpr (kStreamRows < kFewTile) return few_rows<E, 2, kFewTile>(a, begin, end, sink);
   });
 }
 

@@ -17,8 +17,8 @@ namespace {
 constexpr std::int64_t kDepth = 512;   // of one block at most
 constexpr std::int64_t kEntries = 96;  // of one tile: shared by all rows
 constexpr int kFewRows = kWidth * 3 / 4;
-constexpr int kFewTile = 4;            // rows
-constexpr std::int64_t kAhead = 8192;  // bytes that few rows ask for in advance
+constexpr int kFewTile = 6;                               // rows
+constexpr int kStreamRows = kWidth >= 16 ? kFewTile : 2;  // that have the registers for four streams
 constexpr int kHalvings = kWidth == 16 ? 4 : 3;
 static_assert(kWidth == 1 << kHalvings);
 
@@ -36,6 +36,12 @@ constexpr int reversed(int lane) {
   int out = 0;
   for (int bit = 0; bit < kHalvings; ++bit) out |= (lane >> bit & 1) << (kHalvings - 1 - bit);
   return out;
+}
+
+// Few rows in equal tiles.
+inline std::int64_t few_tile(std::int64_t rows) {
+  const std::int64_t tiles = (rows + kFewTile - 1) / kFewTile;
+  return (rows + tiles - 1) / tiles;
 }
 
 template <int Vecs>
@@ -66,7 +72,15 @@ void pack_block(const float* x, std::int64_t stride, std::int64_t rows, std::int
   }
 }
 
-// Rows [rows, padded depth] for few of them, else panels of blocks; zeros fill the padding.
+// One tile of few rows: [steps][rows][kWidth].
+inline void pack_tile(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t depth, float* out) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t i = 0; i < depth; i += kWidth)
+      store_f32(out + i * rows + r * kWidth,
+                i + kWidth <= depth ? load_f32(x + r * stride + i) : load_part<F32>(x + r * stride + i, depth - i));
+}
+
+// Tiles of few rows, else panels of blocks; zeros fill the padding.
 template <int Vecs>
 void pack(const ProjectArgs& a, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t kPanel = Vecs * kWidth;
@@ -74,8 +88,9 @@ void pack(const ProjectArgs& a, std::int64_t begin, std::int64_t end) {
   const auto* x = static_cast<const float*>(a.x.data);
   auto* out = reinterpret_cast<float*>(a.packed) + begin * padded;
   if (a.rows <= kFewRows) {
-    for (std::int64_t r = begin; r < end; ++r)
-      for (std::int64_t i = 0; i < padded; ++i) *out++ = i < a.depth ? x[r * a.x.stride + i] : 0.0f;
+    const std::int64_t tile = few_tile(a.rows);
+    for (std::int64_t r = begin; r < end; r += tile, out += tile * padded)
+      pack_tile(x + r * a.x.stride, a.x.stride, min64(tile, end - r), a.depth, out);
     return;
   }
   for (std::int64_t r = begin; r < end; r += kPanel, out += padded * kPanel)

@@ -8,6 +8,8 @@ namespace qtale::cpu::projection {
 namespace {
 
 struct Offer {
+  static constexpr bool kAnyOrder = false;
+  static constexpr std::int64_t kAhead = 8192;  // bytes that few rows ask for in advance
   Candidates& c;
 
   void one(std::int64_t row, std::int64_t entry, float sum) const {
@@ -33,6 +35,8 @@ struct Offer {
 };
 
 struct Store {
+  static constexpr bool kAnyOrder = true;
+  static constexpr std::int64_t kAhead = 2560;  // of each of several streams
   const ProjectOut& out;
 
   void one(std::int64_t row, std::int64_t entry, float sum) const {

@@ -107,7 +107,17 @@ inline VecI max_bits16(VecI a, VecI b) { return _mm512_max_epu16(a, b); }
 inline std::uint32_t reduce_max_bits16(VecI a) {
   return reduce_max_bits(max_bits(_mm512_srli_epi32(a, 16), _mm512_and_si512(a, _mm512_set1_epi32(0xffff))));
 }
-inline float reduce_add(VecF a) { return _mm512_reduce_add_ps(a); }
+// Halves are added to halves until one lane is left.
+inline __m128 reduce_add4(VecF a, VecF b, VecF c, VecF d) {
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4e));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xb1));
+  return _mm512_castps512_ps128(
+      _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), all));
+}
+inline float reduce_add(VecF a) { return _mm_cvtss_f32(reduce_add4(a, a, a, a)); }
 inline float reduce_max(VecF a) { return _mm512_reduce_max_ps(a); }
 inline float reduce_min(VecF a) { return _mm512_reduce_min_ps(a); }
 

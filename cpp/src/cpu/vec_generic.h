@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "core/half.h"
+#include "cpu/quad.h"
 
 namespace qtale::cpu {
 namespace {
@@ -171,6 +172,9 @@ inline float reduce_add(VecF a) {
   for (int half = kWidth / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) a.lane[i] += a.lane[i + half];
   return a.lane[0];
+}
+inline Quad reduce_add4(const VecF& a, const VecF& b, const VecF& c, const VecF& d) {
+  return Quad{reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)};
 }
 inline float reduce_max(VecF a) {
   float best = a.lane[0];
