@@ -33,6 +33,20 @@ struct Workspace {
   }
 };
 
+// The heads of a group lie together, rows far apart: a head is asked for some heads before it is needed.
+constexpr std::int64_t kHeadsAhead = 12;
+
+template <class Heads>
+inline auto heads_at(const Heads& heads, const AttentionArgs& a, const AttentionBlock& b, std::int64_t query) {
+  return heads.at(b.row + query / a.group, b.kv_head * a.group + query % a.group);
+}
+inline void prefetch_head(const float* head, std::int64_t head_dim) {
+  for (std::int64_t i = 0; i < head_dim; i += 16) __builtin_prefetch(head + i);
+}
+inline void prefetch_head(float* head, std::int64_t head_dim) {
+  for (std::int64_t i = 0; i < head_dim; i += 16) __builtin_prefetch(head + i, 1);
+}
+
 // E is the type of the cache.
 template <class E, int TileRows, int TileVecs>
 class Span {
@@ -51,11 +65,16 @@ class Span {
     state_.clear(count_);
     if (begin_ >= end_) return;
     pack_queries();
+    for (std::int64_t r = b_.row; r < b_.row + b_.rows; ++r) {
+      shared_begin_ = a_.begin[r] > shared_begin_ ? a_.begin[r] : shared_begin_;
+      shared_end_ = min64(shared_end_, a_.end[r]);
+      last_ = a_.end[r] > last_ ? a_.end[r] : last_;
+    }
     const bool whole = a_.head_dim % kWidth == 0;
     for (std::int64_t at = begin_ / kChunk * kChunk; at < end_; at += kChunk) {
       set_ranges(at);
-      ahead_ = at + kChunk < end_ ? 0 : kPages * page_bytes();
       next_ = at + kChunk;
+      ahead_ = next_ < last_ ? 0 : INT64_MAX;
       if (whole && (sizeof(typename E::T) == 4 || count_ <= kFewQueries)) {
         run_chunk(in_place(at));
       } else {
@@ -65,9 +84,6 @@ class Span {
   }
 
  private:
-  std::int64_t page_bytes() const {
-    return kv_head_elements(a_.head_dim) * static_cast<std::int64_t>(sizeof(typename E::T));
-  }
   // Keys of a page; pages without entries of the span are replaced by one that has some.
   const typename E::T* page(std::int64_t entry) const {
     const std::int64_t wanted = entry / kPageTokens, first = begin_ / kPageTokens, last = (end_ - 1) / kPageTokens;
@@ -78,13 +94,18 @@ class Span {
   void pack_queries() const {
     const float factor = a_.scale * 1.44269504f;
     for (std::int64_t i = 0; i < count_; ++i) {
-      const float* from = a_.q.at(b_.row + i / a_.group, b_.kv_head * a_.group + i % a_.group);
+      const float* from = heads_at(a_.q, a_, b_, i);
       float* to = w_.queries + i * kQueryStride;
+      prefetch_head(heads_at(a_.q, a_, b_, min64(i + kHeadsAhead, count_ - 1)), a_.head_dim);
       for (std::int64_t d = 0; d < a_.head_dim; ++d) to[d] = from[d] * factor;
     }
   }
 
-  void set_ranges(std::int64_t at) const {
+  // What each query sees of the chunk at an entry; most chunks are seen by all queries whole.
+  void set_ranges(std::int64_t at) {
+    const bool whole = shared_begin_ <= at && at + kChunk <= shared_end_;
+    if (whole && whole_) return;
+    whole_ = whole;
     const auto within = [&](std::int64_t entry) {
       return static_cast<std::int32_t>(entry < at ? 0 : entry > at + kChunk ? kChunk : entry - at);
     };
@@ -126,35 +147,45 @@ class Span {
     return chunk;
   }
 
-  // What a product of some steps shall ask for: the next part of the next chunk, if it is the first tile that asks.
+  // What a product of some steps shall ask for: the next part of the next chunk, as long as one of the first tiles
+  // asks.
   Ahead ahead(bool asks, std::int64_t steps) {
     const auto* idle = reinterpret_cast<const char*>(w_.factors);
-    const std::int64_t step = 16 * static_cast<std::int64_t>(sizeof(typename E::T)) * 2, bytes = page_bytes();
-    if (!asks || ahead_ >= kPages * bytes) return {idle, idle, 0};
+    const std::int64_t page = kv_head_elements(a_.head_dim) * static_cast<std::int64_t>(sizeof(typename E::T));
+    const std::int64_t step = 32 * static_cast<std::int64_t>(sizeof(typename E::T)) / (count_ > TileRows ? 2 : 1);
+    if (!asks || ahead_ >= kPages * page) return {idle, idle, 0};
     const auto at = [&](std::int64_t offset) {
-      const auto* start = reinterpret_cast<const char*>(page(next_ + offset / bytes * kPageTokens));
-      return start + offset % bytes;
+      const std::int64_t wanted = next_ / kPageTokens + offset / page, last = (last_ - 1) / kPageTokens;
+      return static_cast<const char*>(b_.pages[min64(wanted, last)]) + b_.kv_head * page + offset % page;
     };
     const std::int64_t first = ahead_, second = ahead_ + steps * step;
     ahead_ = second + steps * step;
-    return {at(first), second < kPages * bytes ? at(second) : idle, step};
+    return {at(first), second < kPages * page ? at(second) : idle, step};
   }
 
+  // Weights follow one tile behind the scores: what they wait for is there, and the CPU works at both.
   template <class C>
   void run_chunk(const Chunk<C>& chunk) {
     const std::int64_t tiles = (count_ + TileRows - 1) / TileRows;
-    for (std::int64_t t = 0; t < tiles; ++t) score(chunk, count_ * t / tiles, count_ * (t + 1) / tiles, t == 0);
-    for (std::int64_t t = 0; t < tiles; ++t) add_values(chunk, count_ * t / tiles, count_ * (t + 1) / tiles, t == 0);
+    const auto first = [&](std::int64_t tile) { return count_ * tile / tiles; };
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      score(chunk, first(t), first(t + 1), t < 2);
+      if (t > 0) weigh_tile(first(t - 1), first(t));
+    }
+    weigh_tile(first(tiles - 1), count_);
+    for (std::int64_t t = 0; t < tiles; ++t) add_values(chunk, first(t), first(t + 1), t < 2);
+  }
+
+  std::int32_t most_seen(std::int64_t begin, std::int64_t end) const {
+    if (whole_) return kChunk;
+    std::int32_t seen = 0;
+    for (std::int64_t i = begin; i < end; ++i) seen = w_.ranges[i].end > seen ? w_.ranges[i].end : seen;
+    return seen;
   }
 
   template <class C>
   void score(const Chunk<C>& chunk, std::int64_t begin, std::int64_t end, bool asks) {
-    std::int32_t seen = 0;
-    for (std::int64_t i = begin; i < end; ++i) seen = w_.ranges[i].end > seen ? w_.ranges[i].end : seen;
-    if (seen == 0) {
-      for (std::int64_t i = begin; i < end; ++i) w_.factors[i] = 1.0f;
-      return;
-    }
+    const std::int32_t seen = most_seen(begin, end);
     const int vecs = static_cast<int>((seen + kWidth - 1) / kWidth);
     const std::int64_t depth = a_.head_dim;
     const float* const queries = w_.queries + begin * kQueryStride;
@@ -166,14 +197,19 @@ class Span {
       tiles.by_rows[end - begin - 1](queries, chunk.keys + p, depth, ahead(asks, depth), weights + p * kWidth);
       p += half ? kHalf : TileVecs;
     }
-    weigh(weights, static_cast<int>(end - begin), w_.ranges + begin, state_.tops + begin,
-          state_.totals + begin * kWidth, w_.factors + begin);
+  }
+
+  void weigh_tile(std::int64_t begin, std::int64_t end) const {
+    if (most_seen(begin, end) > 0)
+      weigh(w_.weights + begin * kChunk, static_cast<int>(end - begin), w_.ranges + begin, state_.tops + begin,
+            state_.totals + begin * kWidth, w_.factors + begin);
   }
 
   // Queries that see different entries of a chunk take turns: what one does not see must not meet it, even with weight
   // zero, because it could be infinite.
   template <class C>
   void add_values(const Chunk<C>& chunk, std::int64_t begin, std::int64_t end, bool asks) {
+    if (whole_) return add_values(chunk, begin, end, {0, kChunk}, asks);
     while (begin < end) {
       const Range range = w_.ranges[begin];
       std::int64_t stop = begin + 1;
@@ -212,6 +248,10 @@ class Span {
   std::int64_t count_;        // queries
   Workspace w_;
   State state_;
+  std::int64_t shared_begin_ = 0;  // entries that all queries see
+  std::int64_t shared_end_ = INT64_MAX;
+  bool whole_ = false;      // whether all queries see all of the chunk
+  std::int64_t last_ = 0;   // entry after all that are seen, be it in later spans
   std::int64_t next_ = 0;   // entry where the next chunk begins
   std::int64_t ahead_ = 0;  // bytes of it that were asked for
 };
@@ -241,7 +281,8 @@ inline void finish(const AttentionArgs& a, const AttentionBlock& b, const std::b
   for (std::int64_t i = 0; i < b.rows * a.group; ++i) {
     const float total = reduce_add(load_f32(s.totals + i * kWidth));
     const VecF factor = set1(total == 0.0f ? 0.0f : 1.0f / total);
-    float* out = a.out.at(b.row + i / a.group, b.kv_head * a.group + i % a.group);
+    float* out = heads_at(a.out, a, b, i);
+    prefetch_head(heads_at(a.out, a, b, min64(i + kHeadsAhead, b.rows * a.group - 1)), a.head_dim);
     for (std::int64_t d = 0; d < a.head_dim; d += kWidth) {
       const VecF value = add(mul(load_f32(s.sums + i * s.stride + d), factor), set1(0.0f));
       if (d + kWidth <= a.head_dim) {

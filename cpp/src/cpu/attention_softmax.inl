@@ -44,6 +44,8 @@ struct State {
   }
 };
 
+constexpr int kMaxQueries = 16;  // of a tile
+
 // Scores of a query with those it does not see at -inf.
 inline void load_scores(const float* scores, const Range& range, VecF* out) {
   unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { out[p] = load_f32(scores + p * kWidth); });
@@ -64,7 +66,7 @@ inline void load_scores(const float* scores, const Range& range, VecF* out) {
 
 // Turns the scores of a tile into weights, updates tops and totals, and gives the factors that the sums so far need.
 inline void weigh(float* scores, int queries, const Range* ranges, float* tops, float* totals, float* factors) {
-  alignas(64) float drops[kMaxTile + kWidth] = {};
+  alignas(64) float drops[kMaxQueries] = {};
   for (int i = 0; i < queries; ++i) {
     VecF x[kVecs];
     load_scores(scores + i * kChunk, ranges[i], x);
@@ -83,9 +85,8 @@ inline void weigh(float* scores, int queries, const Range* ranges, float* tops, 
       x[p] = exp2_down(sub(x[p], top));
       store_f32(row + p * kWidth, x[p]);
     });
-    VecF total = add(add(x[0], x[1]), add(x[2], x[3]));
-    accumulate(total, load_f32(totals + i * kWidth), set1(drops[i]));
-    store_f32(totals + i * kWidth, total);
+    const VecF total = add(add(x[0], x[1]), add(x[2], x[3]));
+    store_f32(totals + i * kWidth, multiply_add(load_f32(totals + i * kWidth), set1(drops[i]), total));
     factors[i] = drops[i];
   }
 }

@@ -14,7 +14,6 @@ constexpr int kVecs = 4;                         // vectors of scores of a query
 constexpr std::int64_t kChunk = kVecs * kWidth;  // entries that share one step of the softmax
 constexpr int kPages = kChunk / kPageTokens;     // of a chunk
 constexpr std::int64_t kQueryStride = 256 + 16;  // floats from query to query: no two of a tile share a set
-constexpr int kMaxTile = 8;                      // queries
 
 // A chunk of the cache where it lies: the first key of each vector of entries, the first value of each page.
 template <class E>
@@ -30,8 +29,8 @@ struct Ahead {
   const char* second;
   std::int64_t step;  // bytes
   QTALE_INLINE void ask() {
-    __builtin_prefetch(first, 0, 2);
-    __builtin_prefetch(second, 0, 2);
+    __builtin_prefetch(first);
+    __builtin_prefetch(second);
     first += step;
     second += step;
   }

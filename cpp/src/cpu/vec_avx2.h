@@ -79,6 +79,8 @@ inline VecF sub(VecF a, VecF b) { return _mm256_sub_ps(a, b); }
 inline VecF mul(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
 // sum += a * b. Spelled out: g++ 12 chooses forms that overwrite a factor and then moves sums between registers.
 inline void accumulate(VecF& sum, VecF a, VecF b) { asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+// a * b + c
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
 // One bit per lane that is not <= its peer: greater, or one of them NaN.
 inline unsigned not_le(VecF a, VecF b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
@@ -91,13 +93,12 @@ inline VecI zero_bits() { return _mm256_setzero_si256(); }
 inline VecI max_bits(VecI a, VecI b) { return _mm256_max_epu32(a, b); }
 
 inline VecF div(VecF a, VecF b) { return _mm256_div_ps(a, b); }
-// a * 2^n for whole n <= 0, zero where that is below every normal float.
-inline VecF scale_down(VecF a, VecF n) {
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(a, _mm256_castsi256_ps(power));
+// a * 2^n where x >= -126, and 0 elsewhere; `biased` is 1.5 * 2^23 + 127 + n, so its last bits are the exponent of 2^n.
+inline VecF scale_down(VecF a, VecF biased, VecF x) {
+  const __m256 normal = _mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(biased), 23);
+  return _mm256_and_ps(normal, _mm256_mul_ps(a, _mm256_castsi256_ps(power)));
 }
-// Smallest n of scale_down, which gives zero.
-constexpr float kLowestPower = -127.0f;
 // Lanes outside of [begin, end) become `other`.
 inline VecF keep_lanes(VecF a, int begin, int end, VecF other) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

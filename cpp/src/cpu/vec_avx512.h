@@ -74,6 +74,8 @@ inline VecF sub(VecF a, VecF b) { return _mm512_sub_ps(a, b); }
 inline VecF mul(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
 // sum += a * b. Spelled out: g++ 12 chooses forms that overwrite a factor and then moves sums between registers.
 inline void accumulate(VecF& sum, VecF a, VecF b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+// a * b + c
+inline VecF multiply_add(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
 // One bit per lane that is not <= its peer: greater, or one of them NaN.
 inline unsigned not_le(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 inline VecF max(VecF a, VecF b) { return _mm512_max_ps(a, b); }
@@ -83,10 +85,12 @@ inline VecI abs_bits(VecF a) { return _mm512_and_si512(_mm512_castps_si512(a), _
 inline VecI zero_bits() { return _mm512_setzero_si512(); }
 inline VecI max_bits(VecI a, VecI b) { return _mm512_max_epu32(a, b); }
 inline VecF div(VecF a, VecF b) { return _mm512_div_ps(a, b); }
-// a * 2^n for whole n <= 0, zero where that is below every float.
-inline VecF scale_down(VecF a, VecF n) { return _mm512_scalef_ps(a, n); }
-// Smallest n of scale_down; 2^n rounds to zero.
-constexpr float kLowestPower = -200.0f;
+// a * 2^n where x >= -126, and 0 elsewhere; `biased` is 1.5 * 2^23 + 127 + n, so its last bits are the exponent of 2^n.
+inline VecF scale_down(VecF a, VecF biased, VecF x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(biased), 23);
+  return _mm512_maskz_mul_ps(normal, a, _mm512_castsi512_ps(power));
+}
 // Lanes outside of [begin, end) become `other`.
 inline VecF keep_lanes(VecF a, int begin, int end, VecF other) {
   const unsigned kept = ((1u << end) - 1u) & ~((1u << begin) - 1u);

@@ -103,6 +103,10 @@ inline VecF mul(VecF a, VecF b) {
 inline void accumulate(VecF& sum, const VecF& a, const VecF& b) {
   for (int i = 0; i < kWidth; ++i) sum.lane[i] += a.lane[i] * b.lane[i];
 }
+// a * b + c
+inline VecF multiply_add(const VecF& a, const VecF& b, const VecF& c) {
+  return map_lanes([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
 // One bit per lane that is not <= its peer: greater, or one of them NaN.
 inline unsigned not_le(const VecF& a, const VecF& b) {
   unsigned bits = 0;
@@ -122,15 +126,13 @@ inline VecF rint(VecF a) {
 inline VecF div(const VecF& a, const VecF& b) {
   return map_lanes([&](int i) { return a.lane[i] / b.lane[i]; });
 }
-// a * 2^n for whole n <= 0, zero where that is below every normal float.
-inline VecF scale_down(const VecF& a, const VecF& n) {
+// a * 2^n where x >= -126, and 0 elsewhere; `biased` is 1.5 * 2^23 + 127 + n, so its last bits are the exponent of 2^n.
+inline VecF scale_down(const VecF& a, const VecF& biased, const VecF& x) {
   return map_lanes([&](int i) {
-    const float whole = n.lane[i] >= -127.0f ? n.lane[i] : -127.0f;
-    return a.lane[i] * std::bit_cast<float>(static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) + 127) << 23);
+    const float power = std::bit_cast<float>(std::bit_cast<std::uint32_t>(biased.lane[i]) << 23);
+    return x.lane[i] < -126.0f ? 0.0f : a.lane[i] * power;
   });
 }
-// Smallest n of scale_down, which gives zero.
-constexpr float kLowestPower = -127.0f;
 // Lanes outside of [begin, end) become `other`.
 inline VecF keep_lanes(const VecF& a, int begin, int end, const VecF& other) {
   return map_lanes([&](int i) { return i >= begin && i < end ? a.lane[i] : other.lane[i]; });
