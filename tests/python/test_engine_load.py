@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qtale
 from engine_samples import MEMBERS, ids_of, make_model, save_model
@@ -172,9 +173,24 @@ def test_other_options_models_and_kernels_have_files_of_their_own(tmp_path: Path
         assert not qtale.load(path, bits=4, cache=cache).load_report.from_cache
     finally:
         _core.set_cpu_isa(isa)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_model_that_changed_takes_the_place_of_what_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, cache = saved(tmp_path), tmp_path / "cache"
+    qtale.load(path, bits=4, cache=cache)
     save_model(make_model("llama", seed=1), path)
-    assert not qtale.load(path, bits=4, cache=cache).load_report.from_cache
+    with caplog.at_level(logging.WARNING, "qtale"):
+        assert not qtale.load(path, bits=4, cache=cache).load_report.from_cache
+    assert len(caplog.records) == 1
+    assert "another one" in caplog.text
     assert qtale.load(path, bits=4, cache=cache).load_report.from_cache
+    assert len(list(cache.iterdir())) == 1
+    tensors = load_file(path / "model.safetensors")
+    # A number between those that a fingerprint samples.
+    tensors["lm_head.weight"].view(-1)[100] += 1
+    save_file(tensors, path / "model.safetensors")
+    assert not qtale.load(path, bits=4, cache=cache).load_report.from_cache
 
 
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ def tokenizer(demo_model: Path) -> Tokenizer:
     return Tokenizer(demo_model)
 
 
+@pytest.fixture(scope="module")
+def expected(demo_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(demo_model)
+
+
 def folder_with(path: Path, template: str | None = None, **config: Any) -> Path:
     """A folder with the tokenizer of one token a byte."""
     byte_tokenizer().save_pretrained(path)
@@ -52,8 +57,7 @@ def folder_with(path: Path, template: str | None = None, **config: Any) -> Path:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_and_texts_are_those_of_transformers(demo_model: Path, tokenizer: Tokenizer, text: str) -> None:
-    expected = AutoTokenizer.from_pretrained(demo_model)
+def test_ids_and_texts_are_those_of_transformers(expected: Any, tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids == expected.encode(text)
     assert tokenizer.encode(text, add_special_tokens=False) == expected.encode(text, add_special_tokens=False)

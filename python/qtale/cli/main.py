@@ -13,19 +13,8 @@ from typing import Protocol, cast
 from qtale.errors import Error
 
 VERBS = (
-    *(
-        "measure",
-        "plan",
-        "quantize",
-        "generate",
-        "chat",
-        "deploy",
-        "report",
-        "inspect",
-        "eval",
-        "import_gguf",
-        "doctor",
-    ),
+    *("measure", "plan", "quantize", "deploy", "generate", "chat"),
+    *("eval", "report", "inspect", "import_gguf", "doctor"),
 )
 
 

@@ -39,12 +39,12 @@ def cache_folder(cache: str | Path) -> Path:
 
     Raises InputError where a folder that was given does not exist and cannot be made.
     """
-    if cache == AUTO:
-        import huggingface_hub
-
-        return Path(huggingface_hub.cached_assets_path("qtale", "engine", str(VERSION)))
-    folder = Path(cache).expanduser()
     try:
+        if cache == AUTO:
+            import huggingface_hub
+
+            return Path(huggingface_hub.cached_assets_path("qtale", "engine", str(VERSION)))
+        folder = Path(cache).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cache {str(cache)!r}: the folder cannot be made: {error.strerror or error}.") from error
@@ -63,9 +63,10 @@ class PackedCache:
             "kernels": _core.cpu_isa(),
             "layout": hashlib.sha256(described).hexdigest(),
         }
-        key = hashlib.sha256(json.dumps(self._metadata).encode()).hexdigest()
-        # Named after the options too, so that two ways to load one model do not throw each other out.
-        self.path = cache_folder(cache) / f"{key[:32]}.safetensors"
+        # Two ways to load one model have files of their own; a model that changed takes the place of what it was.
+        named = [str(folder.path.resolve()), self._metadata["layout"], self._metadata["kernels"]]
+        key = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        self.path = cache_folder(cache) / f"{folder.path.resolve().name[:64]}-{key[:16]}.safetensors"
 
     def read(self, arena: Arena) -> bool:
         """Fill the arena; False where there is no file that fits, which the log then explains."""

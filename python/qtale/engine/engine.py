@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -51,8 +52,9 @@ def load(
     read; ``lm_head_bits`` (8 or 4) rounds the head, which at small sizes is half of what each token reads. ``compute``
     is how quantized layers multiply: "int8" rounds activations to 8 bits (fast), "float" takes them as they are.
     ``context`` bounds the tokens of a sequence (default: max_position_embeddings). ``kv_dtype`` is "float16",
-    "float32", or "auto": float32 for models stored in it. ``kv_rule`` is what tokens that skip
-    a layer leave in it ("evict": nothing, "keep": keys and values; default: as the model's routing says). ``num_threads`` is for this engine alone.
+    "float32", or "auto": float32 for models stored in it. ``kv_rule`` is what tokens that skip a layer leave in it
+    ("evict": nothing, "keep": keys and values; default: as the model's routing says). ``num_threads`` is for this
+    engine alone.
 
     ``cache`` keeps the weights in the form that this CPU reads, which makes the next load as fast as reading them:
     "auto" in HuggingFace's asset cache, or a folder; by default nothing is written. A cache file is as large as the
@@ -66,8 +68,12 @@ def load(
     weights = WeightOptions(quantize, lm_head_bits)
     options = LoadOptions(compute, context, kv_dtype, kv_rule, num_threads)
     folder = open_folder(model)
-    loaded = LoadedModel(folder, weights, options, cache, progress)
-    tokenizer = Tokenizer(folder.path) if (folder.path / TOKENIZER_FILE).is_file() else None
+    has_tokenizer = (folder.path / TOKENIZER_FILE).is_file()
+    # A tokenizer of many tokens takes as long as small weights do; both are read at once.
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(Tokenizer, folder.path) if has_tokenizer else None
+        loaded = LoadedModel(folder, weights, options, cache, progress)
+        tokenizer = reading.result() if reading else None
     return Engine(loaded, folder.path, tokenizer, end_tokens(folder.path, folder.config, tokenizer))
 
 
