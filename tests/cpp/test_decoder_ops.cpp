@@ -221,4 +221,48 @@ TEST_CASE("rms_norm, rope and silu_mul refuse what does not fit") {
   CHECK(input_error_of([&] { silu_mul(half, matrix(4, 4)); }).find("not contiguous (stride 2)") != std::string::npos);
 }
 
+TEST_CASE("log_softmax_at on every instruction set", "[decoder_ops]") {
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    for (const std::int64_t vocab : {1, 5, 33, 4100, 9001}) {
+      CAPTURE(isa, vocab);
+      Random random(static_cast<std::uint64_t>(vocab));
+      const Floats logits = normal_floats(random, DType::f32, 3 * vocab, 8.0f);
+      std::vector<std::int32_t> rows, targets;
+      for (int i = 0; i < 20; ++i) {
+        rows.push_back(i / 8);
+        targets.push_back(random.integer(0, static_cast<int>(vocab) - 1));
+      }
+      const float* first = static_cast<const float*>(logits.data());
+      targets[0] = static_cast<std::int32_t>(std::max_element(first, first + vocab) - first);
+      std::vector<float> log_probs(rows.size());
+      std::vector<std::uint8_t> greedy(rows.size());
+      const auto size = std::ssize(rows);
+      log_softmax_at(logits.matrix(3, vocab), TensorView::vector(rows.data(), DType::s32, size),
+                     TensorView::vector(targets.data(), DType::s32, size),
+                     TensorView::vector(log_probs.data(), DType::f32, size),
+                     TensorView::vector(greedy.data(), DType::u8, size));
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        const float* x = first + rows[i] * vocab;
+        const float* top = std::max_element(x, x + vocab);
+        double sum = 0.0;
+        for (std::int64_t v = 0; v < vocab; ++v) sum += std::exp(double{x[v]} - double{*top});
+        const double distance = double{*top} - double{x[targets[i]]}, exact = -distance - std::log(sum);
+        CHECK(std::abs(double{log_probs[i]} - exact) <= std::ldexp(1.0 + distance, -20));
+        CHECK((greedy[i] != 0) == (top - x == targets[i]));
+      }
+    }
+  }
+}
+
+TEST_CASE("of equal logits only the first is greedy", "[decoder_ops]") {
+  std::vector<float> logits = {1.0f, 3.0f, 3.0f, 2.0f}, log_probs(4);
+  std::vector<std::int32_t> rows(4), targets = {0, 1, 2, 3};
+  std::vector<std::uint8_t> greedy(4);
+  log_softmax_at(TensorView::matrix(logits.data(), DType::f32, 1, 4), TensorView::vector(rows.data(), DType::s32, 4),
+                 TensorView::vector(targets.data(), DType::s32, 4), TensorView::vector(log_probs.data(), DType::f32, 4),
+                 TensorView::vector(greedy.data(), DType::u8, 4));
+  CHECK(greedy == std::vector<std::uint8_t>{0, 1, 0, 0});
+}
+
 }  // namespace qtale::test

@@ -29,6 +29,12 @@ void rope(const TensorView& x, const TensorView& table, const TensorView& positi
 //   |out - exact| <= 2^-21 * |exact| + 2^-118 * |gate_up[r,n+i]|.
 void silu_mul(const TensorView& gate_up, const TensorView& out);
 
+// What scoring needs of logits: log-softmax at one target, and whether the target is the first of the largest.
+//   logits [rows, vocab] f32, rows may be apart; rows and targets [count] s32; log_probs [count] f32, greedy [count] u8.
+//   |error| <= 2^-20 * (1 + |largest logit - target's|).
+void log_softmax_at(const TensorView& logits, const TensorView& rows, const TensorView& targets,
+                    const TensorView& log_probs, const TensorView& greedy);
+
 // Routed execution takes the rows that execute a block out of the residual stream and puts what the block adds back.
 // out[i] = x[indices[i]] as f32;  x [rows, n] f32|f16|bf16, indices [count] s32, out [count, n] f32; rows may be apart.
 void compact_rows(const TensorView& x, const TensorView& indices, const TensorView& out);

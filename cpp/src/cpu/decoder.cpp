@@ -2,6 +2,7 @@
 #include "cpu/decoder.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/isa.h"
 #include "qtale/parallel.h"
@@ -34,6 +35,22 @@ void silu_mul(const SiluArgs& args, std::int64_t rows) {
   const DecoderKernels& table = *kernels().decoder;
   parallel_for(rows, rows_per_task(4 * args.n),
                [&](std::int64_t begin, std::int64_t end) { table.silu_mul(args, begin, end); });
+}
+
+void log_softmax_at(const SoftmaxArgs& args, std::int64_t count) {
+  const DecoderKernels& table = *kernels().decoder;
+  parallel_for(count, rows_per_task(4 * args.vocab), [&](std::int64_t begin, std::int64_t end) {
+    ExpSum last{};
+    for (std::int64_t i = begin; i < end; ++i) {
+      const float* x = args.logits + args.rows[i] * args.stride;
+      // Targets of one row are neighbours.
+      if (i == begin || args.rows[i] != args.rows[i - 1]) last = table.exp_sum(x, args.vocab);
+      const float value = x[args.targets[i]];
+      const double distance = static_cast<double>(value) - static_cast<double>(last.top);
+      args.log_probs[i] = static_cast<float>(distance - std::log(last.sum));
+      args.greedy[i] = value == last.top && std::find(x, x + args.targets[i], value) == x + args.targets[i];
+    }
+  });
 }
 
 void kv_append(const AppendArgs& args) {

@@ -49,6 +49,21 @@ struct SiluArgs {
   std::int64_t out_stride;
 };
 
+struct ExpSum {
+  float top;
+  double sum;
+};
+
+struct SoftmaxArgs {
+  const float* logits;
+  std::int64_t stride;
+  std::int64_t vocab;
+  const std::int32_t* rows;
+  const std::int32_t* targets;
+  float* log_probs;
+  std::uint8_t* greedy;
+};
+
 struct AppendArgs {
   HeadsIn k;
   HeadsIn v;
@@ -100,6 +115,8 @@ struct DecoderKernels {
   void (*rms_norm)(const NormArgs&, std::int64_t begin, std::int64_t end);
   void (*rope)(const RopeArgs&, std::int64_t begin, std::int64_t end);
   void (*silu_mul)(const SiluArgs&, std::int64_t begin, std::int64_t end);
+  // The largest of x [n] and the sum of e^(x - largest).
+  ExpSum (*exp_sum)(const float* x, std::int64_t n);
   void (*kv_append)(const AppendArgs&, std::int64_t begin, std::int64_t end);
   AttentionKernel attention;
 };
@@ -118,6 +135,7 @@ inline std::int64_t kv_head_elements(std::int64_t head_dim) { return 2 * kPageTo
 void rms_norm(const NormArgs& args, std::int64_t rows);
 void rope(const RopeArgs& args, std::int64_t rows);
 void silu_mul(const SiluArgs& args, std::int64_t rows);
+void log_softmax_at(const SoftmaxArgs& args, std::int64_t count);
 void kv_append(const AppendArgs& args);
 void attention(const AttentionArgs& args, std::span<const AttentionRun> runs, std::int64_t kv_heads);
 

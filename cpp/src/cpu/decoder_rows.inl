@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "cpu/decoder.h"
 #include "cpu/elements.inl"
@@ -85,6 +86,28 @@ void silu_mul_rows(const SiluArgs& a, std::int64_t begin, std::int64_t end) {
     for_vectors(
         a.n, [&](std::int64_t i, auto load, auto store) { store(out + i, mul(silu(load(gate + i)), load(up + i))); });
   }
+}
+
+// Sums of a block are float32, their total is double.
+ExpSum exp_sum_of(const float* x, std::int64_t n) {
+  constexpr std::int64_t kBlock = 4096;
+  VecF largest = set1(-std::numeric_limits<float>::infinity());
+  std::int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) largest = max(largest, load_f32(x + i));
+  float top = reduce_max(largest);
+  for (; i < n; ++i) top = x[i] > top ? x[i] : top;
+  const VecF offset = set1(top);
+  double sum = 0.0;
+  for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+    const std::int64_t whole = min64(kBlock, n - begin) / kWidth * kWidth;
+    VecF total = set1(0.0f);
+    for (std::int64_t at = begin; at < begin + whole; at += kWidth)
+      total = add(total, exp_down(sub(load_f32(x + at), offset)));
+    sum += static_cast<double>(reduce_add(total));
+    for (std::int64_t at = begin + whole; at < min64(begin + kBlock, n); ++at)
+      sum += static_cast<double>(std::exp(x[at] - top));
+  }
+  return {top, sum};
 }
 
 // Keys of one vector of dimensions lie a page apart from each other: they are rounded together and stored one by one.

@@ -48,6 +48,13 @@ void silu_mul_rows(const SiluArgs& a, std::int64_t begin, std::int64_t end) {
   }
 }
 
+ExpSum exp_sum_of(const float* x, std::int64_t n) {
+  const float top = *std::max_element(x, x + n);
+  double sum = 0.0;
+  for (std::int64_t i = 0; i < n; ++i) sum += std::exp(static_cast<double>(x[i]) - static_cast<double>(top));
+  return {top, sum};
+}
+
 float load_entry(const void* page, DType dtype, std::int64_t at) {
   return dtype == DType::f16 ? f16_to_float(static_cast<const std::uint16_t*>(page)[at])
                              : static_cast<const float*>(page)[at];
@@ -121,7 +128,7 @@ void finish(const AttentionArgs& a, const AttentionBlock& b, const std::byte*) {
 }  // namespace
 
 const DecoderKernels reference_decoder_table = {
-    rms_norm_rows, rope_rows, silu_mul_rows, append_units, {64, nothing, nothing, no_run, no_merge, finish},
+    rms_norm_rows, rope_rows, silu_mul_rows, exp_sum_of, append_units, {64, nothing, nothing, no_run, no_merge, finish},
 };
 
 }  // namespace qtale::cpu

@@ -1,6 +1,4 @@
 #include <algorithm>
-#include <atomic>
-#include <cmath>
 #include <string>
 
 #include "core/text.h"
@@ -55,6 +53,8 @@ class Decoder::Impl {
     return spec;
   }
 
+  static void score_some(const TensorView& logits, std::int64_t first, std::span<const std::int64_t> row_of,
+                         std::span<const std::int32_t> targets, std::span<Score> out);
   std::vector<std::int64_t> enter(std::span<const Segment> segments);
   void check_tokens(const Segment& segment, std::int64_t start) const;
   TensorView run_layers(std::span<const Segment> segments, const Batch& batch, std::span<const std::int32_t> wanted,
@@ -176,6 +176,20 @@ std::vector<std::int32_t> Decoder::Impl::executed_rows(std::size_t index, const 
   return rows;
 }
 
+void Decoder::Impl::score_some(const TensorView& logits, std::int64_t first, std::span<const std::int64_t> row_of,
+                               std::span<const std::int32_t> targets, std::span<Score> out) {
+  std::vector<std::int32_t> rows;
+  for (const std::int64_t row : row_of) rows.push_back(static_cast<std::int32_t>(row - first));
+  std::vector<float> log_probs(rows.size());
+  std::vector<std::uint8_t> greedy(rows.size());
+  const auto size = std::ssize(rows);
+  log_softmax_at(logits, TensorView::vector(rows.data(), DType::s32, size),
+                 TensorView::vector(const_cast<std::int32_t*>(targets.data()), DType::s32, size),
+                 TensorView::vector(log_probs.data(), DType::f32, size),
+                 TensorView::vector(greedy.data(), DType::u8, size));
+  for (std::size_t i = 0; i < rows.size(); ++i) out[i] = {log_probs[i], greedy[i] != 0};
+}
+
 void Decoder::Impl::score_rows(const TensorView& x, std::span<const std::int64_t> row_of,
                                std::span<const std::int32_t> targets, std::span<Score> out) {
   std::size_t done = 0;
@@ -184,18 +198,10 @@ void Decoder::Impl::score_rows(const TensorView& x, std::span<const std::int64_t
     const TensorView logits = workspace_.matrix(Buffer::gate_up, count, spec.vocab_size);
     const auto part = TensorView::matrix(x.as<float>() + row * x.strides[0], DType::f32, count, spec.hidden_size);
     engine::multiply(part, spec.head, logits, spec.compute);
-    std::size_t end = done;
-    while (end < row_of.size() && row_of[end] < row + count) ++end;
-    parallel_for(static_cast<std::int64_t>(end - done), 1, [&](std::int64_t from, std::int64_t to) {
-      for (std::size_t i = done + static_cast<std::size_t>(from); i < done + static_cast<std::size_t>(to); ++i) {
-        const float* values = logits.as<float>() + (row_of[i] - row) * spec.vocab_size;
-        const float* top = std::max_element(values, values + spec.vocab_size);
-        double sum = 0.0;
-        for (std::int64_t v = 0; v < spec.vocab_size; ++v) sum += static_cast<double>(std::exp(values[v] - *top));
-        const auto distance = static_cast<double>(values[targets[i]]) - static_cast<double>(*top);
-        out[i] = {static_cast<float>(distance - std::log(sum)), top - values == targets[i]};
-      }
-    });
+    const std::size_t end =
+        static_cast<std::size_t>(std::lower_bound(row_of.begin(), row_of.end(), row + count) - row_of.begin());
+    score_some(logits, row, row_of.subspan(done, end - done), targets.subspan(done, end - done),
+               out.subspan(done, end - done));
     done = end;
   }
 }
@@ -215,6 +221,7 @@ void Decoder::forward(std::span<const Segment> segments, std::span<const std::in
                       const std::function<void()>& poll) {
   ops::check_dtype("Decoder", "logits", logits, DType::f32);
   ops::check_shape("Decoder", "logits", logits, std::ssize(keep), impl_->spec.vocab_size);
+  const ThreadLimit limit(impl_->threads);
   const TensorView x = impl_->run(segments, keep, poll);
   if (!keep.empty()) engine::multiply(x, impl_->spec.head, logits, impl_->spec.compute);
 }
@@ -231,6 +238,7 @@ std::vector<Score> Decoder::score(std::span<const Segment> segments, std::span<c
     if (rows.empty() || rows.back() != row) rows.push_back(row);
     row_of.push_back(std::ssize(rows) - 1);
   }
+  const ThreadLimit limit(impl_->threads);
   const TensorView x = impl_->run(segments, rows, poll);
   std::vector<Score> scores(keep.size());
   impl_->score_rows(x, row_of, targets, scores);
