@@ -56,6 +56,7 @@ PEER_TARGETS = {
     "llama.cpp": {"decode": (1.5, 1.6), "prefill": (2.5, 1.8)},
     "ik_llama.cpp": {"decode": (1.3, 1.6), "prefill": (1.6, 1.8)},
 }
+ROUTED = ("static", "routed", "KV")
 BATCH_GAIN = (4.0, 3.0)
 
 
@@ -74,6 +75,10 @@ class Bench:
     def wants(self, name: str) -> bool:
         """Whether a figure was asked for."""
         return not self.only or any(text in name for text in self.only)
+
+    def wants_of(self, *names: str) -> bool:
+        """Whether a figure whose name begins with one of these may have been asked for."""
+        return not self.only or any(text in name or name in text for text in self.only for name in names)
 
     def on_threads(self, name: str, measure: Callable[[], Row | list[Row]]) -> Iterator[Row]:
         """Rows of ``measure`` for each number of threads, if its name is wanted."""
@@ -108,11 +113,11 @@ class Bench:
         """Routed execution and its memory."""
         sizes = self.sizes
         for ratio in sizes.ratios:
-            if not any(self.wants(f"{form.name} {part}") for part in ("routed", "static", "KV")):
-                return
             yield from self.on_threads(
                 f"{form.name} static", lambda r=ratio: cases.routed_decode(subject, r, None, sizes)
             )
+            if not self.wants_of(f"{form.name} routed", f"{form.name} KV"):
+                continue
             _core.set_num_threads(max(self.threads))
             theta = cases.find_theta(subject, ratio, min(64, sizes.short))
             yield from self.on_threads(
@@ -179,9 +184,8 @@ def model_folder(model: str, form: Format, work: Path) -> tuple[Path, WeightOpti
 
 def figures(bench: Bench, model: str, form: Format) -> Iterator[Row]:
     """All rows of one model in one format."""
-    parts = ("decode", "prefill", "long", "threads", "batch", "routed", "static", "KV", "load", "peer")
-    wanted = [part for part in parts if bench.wants(f"{form.name} {part}")]
-    if not wanted and not any(text.startswith(f"{form.name} ") for text in bench.only):
+    parts = ("decode", "prefill", "long", "threads", "batch", *ROUTED, "load", "peer")
+    if not bench.wants_of(*(f"{form.name} {part}" for part in parts)):
         return
     folder, options = model_folder(model, form, bench.work)
     subject = Subject(cases.loader(folder, options)(None))
@@ -192,7 +196,7 @@ def figures(bench: Bench, model: str, form: Format) -> Iterator[Row]:
     yield from bench.more(subject, form)
     spec = subject.spec
     del subject
-    if any(bench.wants(f"{form.name} {part}") for part in ("routed", "static", "KV")):
+    if bench.wants_of(*(f"{form.name} {part}" for part in ROUTED)):
         copy = routed_copy(bench.work / f"{model}-routed", folder, spec.num_layers, spec.hidden_size, ROUTER_WIDTH)
         yield from bench.routed(Subject(cases.loader(copy, options)(None)), form)
     if bench.wants(f"{form.name} load"):
