@@ -102,6 +102,7 @@ class Batch:
         self._waiting = deque(tracks)
         self._running: list[Track] = []
         self._own: set[int] = set()
+        self._logits: Floats | None = None
         self.report = CallReport()
         for track in tracks:
             self._sources[track.index].seen.update(track.prompt)
@@ -131,9 +132,10 @@ class Batch:
     def _step(self) -> Iterator[Piece]:
         """One pass: the next tokens of prompts if some are unread, else one token of every sequence."""
         segments, tokens, ends = self._unread() or self._next_tokens()
-        logits = self._passes.forward(segments, tokens, [row for _, row in ends], self.report)
-        finished = self._taken([track for track, _ in ends], logits)
-        yield from finished
+        logits = self._passes.forward(segments, tokens, [row for _, row in ends], self.report, self._logits)
+        # Kept for the next pass: fresh memory of this size costs more than choosing from it.
+        self._logits = logits if self._logits is None or len(logits) > len(self._logits) else self._logits
+        yield from self._taken([track for track, _ in ends], logits)
         for track in [track for track in self._running if track.finish_reason]:
             self._running.remove(track)
             if track.sequence in self._own:

@@ -96,11 +96,18 @@ class Passes:
             return 0 if self._decoder is None else int(self._decoder.length(sequence))
 
     def forward(
-        self, segments: Sequence[Segment], tokens: Sequence[int], keep: Sequence[int], report: CallReport
+        self,
+        segments: Sequence[Segment],
+        tokens: Sequence[int],
+        keep: Sequence[int],
+        report: CallReport,
+        out: Floats | None = None,
     ) -> Floats:
-        """Logits [kept, vocab] after the rows ``keep`` (ascending) of all segments' tokens."""
+        """Logits [kept, vocab] after the rows ``keep`` (ascending) of all segments' tokens; in ``out`` if it fits."""
         ids, rows = np.asarray(tokens, dtype=np.int32), np.asarray(keep, dtype=np.int64)
-        logits = np.empty((len(rows), self.vocab_size), dtype=np.float32)
+        if out is None or len(out) < len(rows):
+            out = np.empty((len(rows), self.vocab_size), dtype=np.float32)
+        logits = out[: len(rows)]
         with self.lock:
             self.decoder.forward(
                 list(segments), memory_of(ids, "int32"), memory_of(rows, "int64"), memory_of(logits, "float32")

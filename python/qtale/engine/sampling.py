@@ -119,14 +119,14 @@ def _filter(logits: Floats, options: Sampling) -> Floats:
 
 def _keep_top_p(row: Floats, top_p: float) -> None:
     """Keep the smallest set of most likely tokens whose probability reaches ``top_p``, at least one."""
-    total = float(np.exp(row, dtype=np.float64).sum())
+    total = float(np.exp(row).sum(dtype=np.float64))
     size = row.size
-    likely = np.argpartition(row, size - _LIKELY)[size - _LIKELY :] if size > _LIKELY else np.arange(size)
-    order = _sorted(row, likely)
-    sums = np.cumsum(np.exp(row[order], dtype=np.float64))
+    least = np.partition(row, size - _LIKELY)[size - _LIKELY] if size > _LIKELY else np.float32(-np.inf)
+    order = _sorted(row, np.flatnonzero(row >= least))
+    sums = np.cumsum(np.exp(row[order]), dtype=np.float64)
     if sums[-1] < top_p * total and order.size < size:
         order = _sorted(row, np.arange(size))
-        sums = np.cumsum(np.exp(row[order], dtype=np.float64))
+        sums = np.cumsum(np.exp(row[order]), dtype=np.float64)
     # A token stays while those before it have not reached top_p.
     kept = 1 + int(np.searchsorted(sums[:-1], top_p * total, side="left"))
     values = row[order[:kept]]
@@ -135,14 +135,13 @@ def _keep_top_p(row: Floats, top_p: float) -> None:
 
 
 def _sorted(row: Floats, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Tokens by falling logit, the larger index first among equals, as a reversed ascending sort has them."""
-    tokens = np.sort(tokens)
+    """Ascending tokens by falling logit, the larger index first among equals, as a reversed ascending sort has them."""
     return tokens[np.argsort(row[tokens], kind="stable")[::-1]]
 
 
 def _draw(row: Floats, generator: np.random.Generator) -> int:
     """One token by its probability: the first whose cumulative sum passes a uniform number."""
-    sums = np.cumsum(np.exp(row, dtype=np.float64))
+    sums = np.cumsum(np.exp(row), dtype=np.float64)
     index = int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
     # Rounding may reach past the last token that has any probability.
     return index if index < sums.size and row[index] > -np.inf else int(np.flatnonzero(row > -np.inf)[-1])
