@@ -84,6 +84,11 @@ class Span {
   }
 
  private:
+  // Few rows leave registers for more vectors, up to those of a chunk.
+  static constexpr int kHalf = TileVecs > 1 ? TileVecs / 2 : 1;
+  static constexpr int kWide = 2 * TileVecs < kVecs ? 2 * TileVecs : kVecs;
+  static constexpr int kFewRows = TileRows / 2;
+
   // Keys of a page; pages without entries of the span are replaced by one that has some.
   const typename E::T* page(std::int64_t entry) const {
     const std::int64_t wanted = entry / kPageTokens, first = begin_ / kPageTokens, last = (end_ - 1) / kPageTokens;
@@ -190,12 +195,20 @@ class Span {
     const std::int64_t depth = a_.head_dim;
     const float* const queries = w_.queries + begin * kQueryStride;
     float* const weights = w_.weights + begin * kChunk;
-    for (int p = 0; p < vecs;) {
-      constexpr int kHalf = TileVecs > 1 ? TileVecs / 2 : 1;
-      const bool half = vecs - p <= kHalf;
-      const auto& tiles = half ? kScores<C, kHalf, TileRows> : kScores<C, TileVecs, TileRows>;
+    const auto multiply = [&](const auto& tiles, int p) {
       tiles.by_rows[end - begin - 1](queries, chunk.keys + p, depth, ahead(asks, depth), weights + p * kWidth);
-      p += half ? kHalf : TileVecs;
+    };
+    for (int p = 0; p < vecs;) {
+      if (kWide > TileVecs && end - begin <= kFewRows && vecs - p > TileVecs) {
+        multiply(kScores<C, kWide, kFewRows>, p);
+        p += kWide;
+      } else if (vecs - p > kHalf) {
+        multiply(kScores<C, TileVecs, TileRows>, p);
+        p += TileVecs;
+      } else {
+        multiply(kScores<C, kHalf, TileRows>, p);
+        p += kHalf;
+      }
     }
   }
 
@@ -226,10 +239,12 @@ class Span {
                                      w_.factors + begin, ahead(asks, range.end - range.begin),
                                      state_.sums + begin * state_.stride + column, state_.stride);
     };
-    constexpr int kHalf = TileVecs > 1 ? TileVecs / 2 : 1;
     for (std::int64_t column = 0; column < state_.stride;) {
       const std::int64_t left = (state_.stride - column) / kWidth;
-      if (left >= TileVecs) {
+      if (kWide > TileVecs && end - begin <= kFewRows && left >= kWide) {
+        add(kValues<C, kWide, kFewRows>, column);
+        column += kWide * kWidth;
+      } else if (left >= TileVecs) {
         add(kValues<C, TileVecs, TileRows>, column);
         column += TileVecs * kWidth;
       } else if (left >= kHalf) {

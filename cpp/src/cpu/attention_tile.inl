@@ -36,6 +36,26 @@ struct Ahead {
   }
 };
 
+// acc += queries x vectors. The fewer of both stay in registers.
+template <int Rows, int Vecs, class Query, class Vector>
+QTALE_INLINE void multiply_tile(VecF (&acc)[Rows][Vecs], Query query, Vector vector) {
+  if constexpr (Rows >= Vecs) {
+    VecF v[Vecs];
+    unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { v[p] = vector(p); });
+    unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
+      const VecF q = query(r);
+      unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { accumulate(acc[r][p], q, v[p]); });
+    });
+  } else {
+    VecF q[Rows];
+    unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA { q[r] = query(r); });
+    unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA {
+      const VecF v = vector(p);
+      unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA { accumulate(acc[r][p], q[r], v); });
+    });
+  }
+}
+
 // scores [Rows][kChunk] = queries [Rows][kQueryStride] times Vecs vectors of keys.
 template <class E, int Rows, int Vecs>
 __attribute__((noipa)) void tile_scores(const float* queries, const typename E::T* const* keys, std::int64_t depth,
@@ -48,12 +68,9 @@ __attribute__((noipa)) void tile_scores(const float* queries, const typename E::
   std::int64_t at = 0;
 #pragma GCC unroll 1
   for (std::int64_t d = 0; d < depth; ++d, at += kPageTokens) {
-    VecF key[Vecs];
-    unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { key[p] = E::load(from[p] + at); });
-    unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-      const VecF query = set1(queries[r * kQueryStride + d]);
-      unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { accumulate(acc[r][p], query, key[p]); });
-    });
+    multiply_tile<Rows, Vecs>(
+        acc, [&](int r) QTALE_INLINE_LAMBDA { return set1(queries[r * kQueryStride + d]); },
+        [&](int p) QTALE_INLINE_LAMBDA { return E::load(from[p] + at); });
     ahead.ask();
   }
   unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
@@ -78,12 +95,9 @@ __attribute__((noipa)) void tile_values(const float* weights, const Chunk<E>& ch
     const typename E::T* from = chunk.values[begin / kPageTokens] + begin % kPageTokens * step + column;
 #pragma GCC unroll 1
     for (; begin < stop; ++begin) {
-      VecF value[Vecs];
-      unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { value[p] = E::load(from + p * kWidth); });
-      unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-        const VecF weight = set1(weights[r * kChunk + begin]);
-        unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { accumulate(acc[r][p], weight, value[p]); });
-      });
+      multiply_tile<Rows, Vecs>(
+          acc, [&](int r) QTALE_INLINE_LAMBDA { return set1(weights[r * kChunk + begin]); },
+          [&](int p) QTALE_INLINE_LAMBDA { return E::load(from + p * kWidth); });
       ahead.ask();
       from += step;
     }
