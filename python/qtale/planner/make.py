@@ -146,6 +146,8 @@ class Planner:
             symmetric=options.symmetric,
             layers=parts.layer_bits(shape, chosen),
             lm_head_bits=head,
+            context=options.context if options.reserve is None else None,
+            batch=options.batch if options.reserve is None else None,
         )
 
     def _too_small(self, least: int, budget: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtale.errors import InputError
 from qtale.planner.fields import BITS, MODES
+from qtale.planner.plan import Plan
 from qtale.planner.solve import PAPER_BITS
 from qtale.spec import QuantSpec
 
@@ -35,6 +37,14 @@ class Options:
     context: int = 2048
     batch: int = 1
     reserve: int | None = None
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Options:
+        """Options under which later plans of a model have groups, head and context of a first one."""
+        options = cls(mode=plan.mode, group_size=plan.group_size, symmetric=plan.symmetric, head_bits=plan.lm_head_bits)
+        if plan.context is None or plan.batch is None:
+            return options
+        return dataclasses.replace(options, context=plan.context, batch=plan.batch)
 
     def resolved(self) -> Options:
         """These options with every default in place, checked; raises InputError naming what is accepted.

@@ -62,6 +62,7 @@ class Plan:
 
     ``metric`` names the importance score that was used, ``budget_bytes`` is None where no budget was asked for, and
     ``needed_bytes`` is what weights, KV cache and workspace (or the reserve in their place) take under the plan.
+    ``context`` and ``batch`` are what cache and workspace were reckoned for; None where a reserve stood for them.
     """
 
     model: PlannedModel
@@ -73,6 +74,8 @@ class Plan:
     symmetric: bool
     layers: tuple[LayerBits, ...]
     lm_head_bits: int = AS_STORED
+    context: int | None = None
+    batch: int | None = None
 
     def bits_of(self, module: str) -> int:
         """Bits of a Linear by its full name (``model.layers.3.mlp.up_proj``, ``lm_head``); 16 outside of both.
@@ -119,6 +122,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The object that plan.json holds."""
+        sized = {"context": self.context, "batch": self.batch}
         return {
             "format": "qtale.plan",
             "version": 1,
@@ -131,6 +135,7 @@ class Plan:
             "metric": self.metric,
             "budget_bytes": self.budget_bytes,
             "needed_bytes": self.needed_bytes,
+            **{key: count for key, count in sized.items() if count is not None},
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "layers": [layer.to_json() for layer in self.layers],
