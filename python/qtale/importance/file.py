@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qtale.errors import InputError
-from qtale.files import write_whole
+from qtale.files import read_json, write_whole
 
 FORMAT = "qtale.importance"
 VERSION = 1
-_MAX_FILE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -93,17 +92,7 @@ class Importance:
     def read(cls, path: str | Path) -> Importance:
         """The content of a file; InputError where it is missing, no JSON, or not what ``write`` writes."""
         path = Path(path).expanduser()
-        try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise InputError(f"{path}: is larger than {_MAX_FILE_BYTES} bytes, which no measurement needs.")
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read: {error.strerror or error}; make it with `qtale measure`."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is not valid JSON ({error}).") from error
-        return cls.from_json(value, str(path))
+        return cls.from_json(read_json(path, "`qtale measure`"), str(path))
 
     @classmethod
     def from_json(cls, value: Any, where: str = "importance") -> Importance:

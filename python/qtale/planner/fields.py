@@ -53,15 +53,6 @@ def parse_plan(value: Any, where: str) -> dict[str, Any]:
     return {**kept, **optional, "model": dict(model), "layers": layers}
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object from its pairs; InputError where a name stands twice, of which one would be lost."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise InputError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object.")
-    return found
-
-
 def _check_format(value: Any, where: str) -> None:
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
         raise InputError(f"{where}: is no plan; a plan is a JSON object whose 'format' is {FORMAT!r}.")

@@ -10,8 +10,8 @@ from typing import Any
 
 from qtale import names
 from qtale.errors import InputError
-from qtale.files import write_whole
-from qtale.planner.fields import once, parse_plan
+from qtale.files import read_json, write_whole
+from qtale.planner.fields import parse_plan
 from qtale.spec import QuantSpec
 
 AS_STORED = 16
@@ -157,19 +157,7 @@ class Plan:
     def read(cls, path: str | Path) -> Plan:
         """The plan in a file; raises InputError where it is missing, no JSON or not a valid plan."""
         path = Path(path).expanduser()
-        try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise InputError(f"is larger than {_MAX_FILE_BYTES} bytes, which no plan needs.")
-            value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read: {error.strerror or error}; make it with `qtale plan`."
-            ) from error
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is not valid JSON ({error}).") from error
-        return cls.from_json(value, str(path))
+        return cls.from_json(read_json(path, "`qtale plan`", _MAX_FILE_BYTES, unique=True), str(path))
 
     def write(self, path: str | Path) -> None:
         """Write the plan, one layer a line for people to edit, replacing a file that is there. Raises Error."""
