@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -28,6 +26,7 @@ from kernel_cases import (
     two_threads,
 )
 from measure import huge_share, machine
+from output import publish
 from qtale import _core
 from qtale.errors import Error
 
@@ -185,11 +184,7 @@ def main() -> int:
     except (Error, ValueError) as error:
         print(f"benchmarks/kernels.py: error: {error}", file=sys.stderr)
         return 1
-    print(table(result), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    publish(result, table(result), args.json)
     return 0
 
 

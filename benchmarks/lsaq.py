@@ -10,7 +10,6 @@ transformers model that computes in ``--dtype``; bfloat16 is twice as fast where
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -22,9 +21,9 @@ import torch
 import qtale
 from lsaq_mixes import Cache, Methods, Mix, Model
 from lsaq_tables import memory_rows, render, row, strategy_rows
+from output import publish
 from qtale import Error, InputError, MeasureOptions, _core
 from qtale.importance import METRICS, Importance
-from qtale.importance.journal import write_whole
 from qtale.planner.source import Source, open_source
 
 GROUP = 64
@@ -188,11 +187,7 @@ def main() -> int:
     folder = qtale.demo.model() if options.model == "demo" else Path(options.model)
     sources = measured(options, folder)
     found = results(options, sources, Methods(sources[0], options.work), folder)
-    print(render(found), file=sys.stderr if options.json == "-" else sys.stdout)
-    if options.json == "-":
-        print(json.dumps(found))
-    elif options.json:
-        write_whole(Path(options.json), json.dumps(found, indent=1) + "\n")
+    publish(found, render(found), options.json)
     return 0
 
 

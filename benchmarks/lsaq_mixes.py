@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from qtale import ops
+from qtale.files import write_whole
 from qtale.importance import Importance
-from qtale.importance.journal import write_whole
 from qtale.memory import needed
 from qtale.planner import Options, Planner
 from qtale.planner.items import layer_of
@@ -120,11 +120,15 @@ class Model:
         self.rounded: dict[tuple[str, int, int | str], torch.Tensor] = {}
         self.model = AutoModelForCausalLM.from_pretrained(source.folder.path, dtype=dtype).eval()
 
+    def use(self, mix: Mix) -> None:
+        """Give the model the matrices of this mix."""
+        for name in self.stored:
+            self.model.get_submodule(name).weight.data = self._weight(name, mix.bits[name], mix.group_size)
+
     @torch.inference_mode()
     def loss(self, mix: Mix) -> float:
         """Mean negative log-likelihood in nats of the tokens [windows, length], each window from its second on."""
-        for name in self.stored:
-            self.model.get_submodule(name).weight.data = self._weight(name, mix.bits[name], mix.group_size)
+        self.use(mix)
         losses = []
         for window in self.tokens:
             logits = self.model(window[None]).logits[0, :-1].float()
@@ -157,13 +161,13 @@ class Model:
 
 
 class Cache:
-    """Losses that were computed before, in a file; those of other settings are left out."""
+    """Figures that were computed before, in a file; those of other settings are left out."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.losses: dict[str, float] = found["losses"] if found.get("settings") == self.settings else {}
+        self.losses: dict[str, Any] = found["losses"] if found.get("settings") == self.settings else {}
 
-    def put(self, key: str, loss: float) -> None:
+    def put(self, key: str, loss: Any) -> None:
         self.losses[key] = loss
         write_whole(self.path, json.dumps({"settings": self.settings, "losses": self.losses}, indent=1) + "\n")
