@@ -23,6 +23,9 @@ PAPER_RESERVE = int(0.36 * 2**30)
 class Options:
     """How bits are chosen. None takes the mode's default: see :meth:`resolved`.
 
+    ``metric`` is a score of importance.json, ``none``, ``auto`` (the first that it has, in the order in which plans by
+    them measured) or ``best``: plans by the first four of them are run on calibration sequences, which takes as long as
+    five forward passes, and the one whose predictions lie nearest to the dense model's is taken.
     ``choices`` are the bits that a layer or module may get, ``head_bits`` those of an untied lm_head or ``auto`` to
     let the solver choose, ``reserve`` the bytes to keep beside the weights instead of KV cache and workspace.
     """
