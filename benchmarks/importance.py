@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import math
 import re
 import statistics
@@ -20,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from measure import huge_array
+from output import publish
 from qtale import _core, ops
 from qtale.bench import machine, undisturbed, wall
 from qtale.errors import Error
@@ -247,11 +247,7 @@ def main() -> int:
         return 1
     result: dict[str, Any] = {"benchmark": "importance", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     result.update(machine=machine(), torch=torch.__version__, quick=args.quick, results=rows)
-    print(table(result), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    publish(result, table(result), args.json)
     return 0
 
 

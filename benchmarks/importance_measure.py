@@ -1,7 +1,7 @@
 """``qtale measure`` beside the same scores from plain transformers: time and peak memory, each in a process of its own.
 
 Both compute in float32 with the same threads on the same tokens. Plain transformers holds the whole model and gets its
-hidden states from ``output_hidden_states``; the scores are those of ``qtale.importance.DEFAULT_METRICS``.
+hidden states from ``output_hidden_states``; the scores are all that need no gradients.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def peak_bytes() -> int:
 
 def with_qtale(model: str, tokens: np.ndarray) -> dict[str, list[float]]:
     from qtale.importance import MeasureOptions, measure_tokens
+    from qtale.importance.options import HIDDEN_METRICS, WEIGHT_METRICS
 
-    importance = measure_tokens(model, tokens, MeasureOptions(group_size="channel"), progress=False)
+    options = MeasureOptions(metrics=(*HIDDEN_METRICS, *WEIGHT_METRICS), group_size="channel")
+    importance = measure_tokens(model, tokens, options, progress=False)
     return {metric: list(scores) for metric, scores in importance.scores.items()}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import qtale
+from output import publish
 from qtale import Error, InputError, MeasureOptions
 from qtale.importance import Importance
 
@@ -114,11 +114,7 @@ def main() -> int:
     rows = rows_of([measure(arguments, seed) for seed in range(arguments.seeds)], arguments.sizes)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     result: dict[str, Any] = {"settings": settings, "rows": [asdict(one) for one in rows]}
-    print(table(rows), file=sys.stderr if arguments.json == "-" else sys.stdout)
-    if arguments.json == "-":
-        print(json.dumps(result))
-    elif arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    publish(result, table(rows), arguments.json)
     return 0
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -27,6 +25,7 @@ from kernel_cases import (
     sweep,
     two_threads,
 )
+from output import publish
 from qtale import _core
 from qtale.bench import huge_share, machine, machine_lines
 from qtale.errors import Error
@@ -178,11 +177,7 @@ def main() -> int:
     except (Error, ValueError) as error:
         print(f"benchmarks/kernels.py: error: {error}", file=sys.stderr)
         return 1
-    print(table(result), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    publish(result, table(result), args.json)
     return 0
 
 

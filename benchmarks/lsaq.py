@@ -10,10 +10,10 @@ transformers model that computes in ``--dtype``; bfloat16 is twice as fast where
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ import torch
 import qtale
 from lsaq_mixes import Cache, Methods, Mix, Model
 from lsaq_tables import memory_rows, render, row, strategy_rows
+from output import publish
 from qtale import Error, InputError, MeasureOptions, _core
 from qtale.importance import METRICS, Importance
-from qtale.importance.journal import write_whole
 from qtale.planner.source import Source, open_source
 
 GROUP = 64
 BUDGETS = (3.5, 4.5, 5.0, 6.0)
 MIXES = (7.0, 6.0, 5.0)
-PLANNED = ("kl", "fisher", "noise", "jaccard", "none")
+PLANNED = ("best", "kl", "fisher", "noise", "jaccard", "none")
 
 
 def mixes(methods: Methods, sources: list[Source], options: argparse.Namespace) -> list[Mix]:
@@ -38,7 +38,7 @@ def mixes(methods: Methods, sources: list[Source], options: argparse.Namespace) 
     found = [methods.same(16, GROUP, "dense")]
     first = sources[0]
     ordered = _ordered(first)
-    planned = [metric for metric in PLANNED if metric in (*ordered, "none")]
+    planned = [metric for metric in PLANNED if metric in (*ordered, "best", "none")]
     for average in options.budgets:
         found += [methods.knapsack(first, metric, average, GROUP) for metric in planned]
         found += _layered(methods, first, average, GROUP, ("fisher", "jaccard"), options.random_seeds)
@@ -47,12 +47,19 @@ def mixes(methods: Methods, sources: list[Source], options: argparse.Namespace) 
         found += _layered(methods, first, average, GROUP, ordered, options.random_seeds)
     for average in options.mixes:
         found += _layered(methods, first, average, "channel", ordered, options.random_seeds)
-    for source in sources[1:]:
+    found = [_seeded(mix, 0) for mix in found]
+    for seed, source in enumerate(sources[1:], start=1):
         importance = _scores(source)
         for average in options.budgets:
-            found += [methods.knapsack(source, metric, average, GROUP) for metric in ("fisher", "jaccard")]
-            found += [methods.greedy(importance, metric, average, GROUP) for metric in ("fisher", "jaccard")]
+            again = [methods.knapsack(source, metric, average, GROUP) for metric in ("best", "fisher", "jaccard")]
+            again += [methods.greedy(importance, metric, average, GROUP) for metric in ("fisher", "jaccard")]
+            found += [_seeded(mix, seed) for mix in again]
     return found
+
+
+def _seeded(mix: Mix, seed: int) -> Mix:
+    """Mixes by a score depend on the calibration seed, random ones have theirs, the others none."""
+    return replace(mix, seed=seed) if mix.method.startswith(("greedy ", "knapsack ")) else mix
 
 
 def _layered(
@@ -80,10 +87,10 @@ def measured(options: argparse.Namespace, folder: Path) -> list[Source]:
         path = options.work / f"importance-{seed}.json"
         if not path.exists():
             asked = MeasureOptions(
-                metrics=METRICS,
+                metrics=tuple(options.metrics.split(",")),
                 num_sequences=options.num_sequences,
                 seq_len=options.seq_len,
-                loss_sequences=max(1, options.num_sequences // 2),
+                loss_sequences=options.num_sequences,
                 group_size=GROUP,
                 seed=seed,
                 top_k=options.top_k,
@@ -161,6 +168,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="scores and finished losses lie here")
     parser.add_argument("--calibration", default="bundled", help="as for qtale measure")
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds; the first is used for all tables")
+    parser.add_argument("--metrics", default=",".join(METRICS), metavar="A,B", help="scores to measure (default: all)")
     parser.add_argument("--random-seeds", type=int, default=5)
     parser.add_argument("--num-sequences", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -188,11 +196,7 @@ def main() -> int:
     folder = qtale.demo.model() if options.model == "demo" else Path(options.model)
     sources = measured(options, folder)
     found = results(options, sources, Methods(sources[0], options.work), folder)
-    print(render(found), file=sys.stderr if options.json == "-" else sys.stdout)
-    if options.json == "-":
-        print(json.dumps(found))
-    elif options.json:
-        write_whole(Path(options.json), json.dumps(found, indent=1) + "\n")
+    publish(found, render(found), options.json)
     return 0
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from qtale import ops
+from qtale.files import write_whole
 from qtale.importance import Importance
-from qtale.importance.journal import write_whole
 from qtale.memory import needed
-from qtale.planner import Options, Planner
+from qtale.planner import Options, Plan, Planner
 from qtale.planner.items import layer_of
+from qtale.planner.scores import BEST
 from qtale.planner.source import Source
 from qtale.spec import QuantSpec
 
@@ -80,12 +81,30 @@ class Methods:
         return self.by_order("random", average, group_size, order, seed=seed)
 
     def knapsack(self, source: Source, metric: str, average: float, group_size: int | str) -> Mix:
-        """The planner's choice by module, with the code bits that the mixes of whole layers take."""
-        options = Options(mode="knapsack", metric=metric, choices=WIDTHS, group_size=group_size).resolved()
-        planner = Planner(source, options, self.work / f"errors-{group_size}.json", progress=False)
-        plan = planner.for_average(self.mean_bits(self.spread(average, group_size).bits))
+        """The planner's choice by module, with the code bits that the mixes of whole layers take.
+
+        What ``best`` chose is kept, since it runs the model.
+        """
+        if metric == BEST:
+            return replace(self._best(source, average, group_size), method=f"knapsack {BEST}")
+        plan = self._plan(source, metric, average, group_size)
         bits = {linear.name: plan.bits_of(linear.name) for linear in self.source.shape.linears}
         return Mix(f"knapsack {metric}", average, group_size, bits)
+
+    def _best(self, source: Source, average: float, group_size: int | str) -> Mix:
+        importance = source.importance
+        settings = {"fingerprint": source.model.fingerprint}
+        cache = Cache(self.work / "best.json", settings)
+        scores = {} if importance is None else {name: list(values) for name, values in importance.scores.items()}
+        key = hashlib.sha256(json.dumps([average, group_size, scores]).encode()).hexdigest()[:24]
+        if key not in cache.losses:
+            cache.put(key, self._plan(source, BEST, average, group_size).metric)
+        return self.knapsack(source, cache.losses[key], average, group_size)
+
+    def _plan(self, source: Source, metric: str, average: float, group_size: int | str) -> Plan:
+        options = Options(mode="knapsack", metric=metric, choices=WIDTHS, group_size=group_size).resolved()
+        planner = Planner(source, options, self.work / f"errors-{group_size}.json", progress=False)
+        return planner.for_average(self.mean_bits(self.spread(average, group_size).bits))
 
     def mean_bits(self, bits: Bits) -> float:
         """Code bits per weight of the decoder blocks."""
@@ -120,11 +139,15 @@ class Model:
         self.rounded: dict[tuple[str, int, int | str], torch.Tensor] = {}
         self.model = AutoModelForCausalLM.from_pretrained(source.folder.path, dtype=dtype).eval()
 
+    def use(self, mix: Mix) -> None:
+        """Give the model the matrices of this mix."""
+        for name in self.stored:
+            self.model.get_submodule(name).weight.data = self._weight(name, mix.bits[name], mix.group_size)
+
     @torch.inference_mode()
     def loss(self, mix: Mix) -> float:
         """Mean negative log-likelihood in nats of the tokens [windows, length], each window from its second on."""
-        for name in self.stored:
-            self.model.get_submodule(name).weight.data = self._weight(name, mix.bits[name], mix.group_size)
+        self.use(mix)
         losses = []
         for window in self.tokens:
             logits = self.model(window[None]).logits[0, :-1].float()
@@ -157,13 +180,13 @@ class Model:
 
 
 class Cache:
-    """Losses that were computed before, in a file; those of other settings are left out."""
+    """Figures that were computed before, in a file; those of other settings are left out."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, dict(settings)
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.losses: dict[str, float] = found["losses"] if found.get("settings") == self.settings else {}
+        self.losses: dict[str, Any] = found["losses"] if found.get("settings") == self.settings else {}
 
-    def put(self, key: str, loss: float) -> None:
+    def put(self, key: str, loss: Any) -> None:
         self.losses[key] = loss
         write_whole(self.path, json.dumps({"settings": self.settings, "losses": self.losses}, indent=1) + "\n")

@@ -105,7 +105,7 @@ def _perplexities(rows: Sequence[dict[str, Any]], group: int | str) -> str:
         lines.append([method, *map(_cell, cells)])
     cells = [_below_random(own, average) for average in averages]
     lines.append(["random: mean - 2 sd", *cells])
-    return _markdown(["method", *(f"{average:g} bits" for average in averages)], lines)
+    return markdown(["method", *(f"{average:g} bits" for average in averages)], lines)
 
 
 def _cell(rows: Sequence[dict[str, Any]]) -> str:
@@ -124,7 +124,7 @@ def _below_random(rows: Sequence[dict[str, Any]], average: float) -> str:
 
 
 def _quarter(found: dict[str, list[int]]) -> str:
-    return _markdown(["score", "layers"], [[metric, ", ".join(map(str, layers))] for metric, layers in found.items()])
+    return markdown(["score", "layers"], [[metric, ", ".join(map(str, layers))] for metric, layers in found.items()])
 
 
 def _strategies(rows: Iterable[dict[str, Any]]) -> str:
@@ -136,7 +136,7 @@ def _strategies(rows: Iterable[dict[str, Any]]) -> str:
         bits = "" if one["average"] is None else f"{one['average']:.2f}"
         taken = f"waits for {human_bytes(one['least'])}" if one["needed"] is None else human_bytes(one["needed"])
         lines.append([human_bytes(one["budget"]), layers, bits, taken])
-    return _markdown(["budget", "layers", "average bits", "takes"], lines)
+    return markdown(["budget", "layers", "average bits", "takes"], lines)
 
 
 def _memory(rows: Iterable[dict[str, Any]]) -> str:
@@ -144,9 +144,10 @@ def _memory(rows: Iterable[dict[str, Any]]) -> str:
         [f"{one['average']:.2f}", *(f"{one[key] / 1e6:.1f}" for key in ("planned", "measured", "beside"))]
         for one in rows
     ]
-    return _markdown(["average bits", "decoder matrices, planned (MB)", "measured (MB)", "all else (MB)"], lines)
+    return markdown(["average bits", "decoder matrices, planned (MB)", "measured (MB)", "all else (MB)"], lines)
 
 
-def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     rows = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     return "\n".join([*rows, *(f"| {' | '.join(line)} |" for line in lines)])

@@ -1,12 +1,47 @@
-"""Text files that appear whole or not at all."""
+"""Text files that appear whole or not at all, and JSON files of results with every mistake named."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from qtale.errors import Error
+from qtale.errors import Error, InputError
+
+# Measurements with their token sets take some tens of MB.
+MAX_JSON_BYTES = 2 << 30
+
+
+def read_json(path: Path, maker: str, most_bytes: int = MAX_JSON_BYTES, *, unique: bool = False) -> Any:
+    """The value in a JSON file that ``maker`` writes, such as "`qtale plan`".
+
+    Raises InputError where the file is missing, larger than ``most_bytes`` or no JSON, and with ``unique`` where a name
+    stands twice in one object, of which one would be lost.
+    """
+    try:
+        if path.stat().st_size > most_bytes:
+            raise InputError(f"{path}: is larger than {most_bytes} bytes, which nothing that {maker} writes needs.")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not valid JSON ({error}).") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}; make it with {maker}.") from error
+    try:
+        return json.loads(text, object_pairs_hook=_once if unique else None)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not valid JSON ({error}).") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise InputError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object.")
+    return found
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -24,7 +24,9 @@ def stability() -> ModuleType:
     spec = importlib.util.spec_from_file_location("importance_stability", FOLDER / "importance_stability.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))  # as Python does for a script
+        spec.loader.exec_module(module)
     return module
 
 

@@ -48,6 +48,15 @@ def test_a_plan_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     )
 
 
+def test_context_and_batch_are_kept_and_may_be_missing() -> None:
+    sized = make_plan(context=512, batch=2)
+    assert sized.to_json()["context"] == 512
+    assert Plan.from_json(sized.to_json()) == sized
+    older = make_plan()
+    assert {"context", "batch"}.isdisjoint(older.to_json())
+    assert Plan.from_json(older.to_json()) == older
+
+
 def test_specs_are_those_of_the_layer_and_module() -> None:
     plan = make_plan(lm_head_bits=8)
     assert plan.spec_of("model.layers.0.mlp.up_proj") == QuantSpec(8, 64)
@@ -100,6 +109,9 @@ def edit_module(name: str, bits: Any) -> Callable[[dict[str, Any]], None]:
         (edit("lm_head_bits", 5), "lm_head_bits 5; it must be 16, 8, 4, 3, 2"),
         (edit("layers", {}), "'layers' must be a list"),
         (edit("extra", 1), "unknown field 'extra'"),
+        (edit("context", -1), "context -1; it must be a whole number, 0 or more"),
+        (edit("batch", 0), "batch 0; it must be a whole number, 1 or more"),
+        (edit("batch", True), "batch True"),
         (lambda plan: plan.pop("metric"), "lacks 'metric'"),
         (lambda plan: plan["model"].update(num_layers=True), "num_layers True"),
         (lambda plan: plan["model"].update(fingerprint=7), "fingerprint 7"),

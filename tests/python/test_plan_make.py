@@ -93,6 +93,17 @@ def test_a_byte_budget_is_kept_and_used(model: Path, mode: str) -> None:
     assert set(widths(planner.for_bytes(most))) == {16}
 
 
+def test_a_plan_says_what_context_it_has_room_for(model: Path) -> None:
+    options = Options(context=16, batch=2, group_size=32)
+    found = make(model, bits=4, options=options)
+    assert (found.context, found.batch) == (16, 2)
+    again = Options.of_plan(found)
+    assert (again.context, again.batch, again.group_size) == (16, 2, 32)
+    reserved = make(model, bits=4, options=Options(reserve=1000))
+    assert (reserved.context, reserved.batch) == (None, None)
+    assert Options.of_plan(reserved).context == Options().context
+
+
 def test_tied_modules_get_the_same_bits(model: Path) -> None:
     found = make(model, bits=4.3)
     assert any(layer.modules for layer in found.layers)

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         progress=progress,
     )
     if args.json:
-        kept = {key: part for key, part in importance.to_json().items() if key not in ("token_sets", "words")}
+        kept = {key: part for key, part in importance.to_json().items() if key not in ("token_sets", "words", "tokens")}
         print(json.dumps({"out": args.output, **kept}))
     else:
         print(render(importance))

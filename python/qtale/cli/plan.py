@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="knapsack",
         help="paper: LSAQ's 16, 8 and 4 bits by layer; knapsack: least expected loss (default)",
     )
-    parser.add_argument("--metric", default="auto", help="which scores of importance.json to use (default auto)")
+    parser.add_argument(
+        "--metric",
+        default="auto",
+        help="scores to plan by; best: run the plans of several and compare (default auto)",
+    )
     parser.add_argument("--choices", type=_bits, metavar="16,8,4,…", help="bits to choose from (default 16,8,4,3)")
     parser.add_argument("--granularity", choices=("layer", "module"), help="what gets bits of its own")
     parser.add_argument("--head-bits", default="16", metavar="auto|N", help="bits of an untied lm_head (default 16)")

@@ -270,7 +270,9 @@ def deploy(
         raise InputError(f"deploy: compute {compute!r} is not a mode; use 'int8' or 'float'.")
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.read(plan)
-    planner = Planner(_source(model, importance), _options(options, plan), errors, progress)
+    if options is None:
+        options = Options() if plan is None else Options.of_plan(plan)
+    planner = Planner(_source(model, importance), options.resolved(), errors, progress)
     deployment = Deployment(planner, budget, compute, progress, probe)
     deployment.load(plan)
     return deployment
@@ -287,12 +289,3 @@ def _source(model: str | Path, importance: Importance | str | Path | None) -> So
     if source.importance is None:
         raise InputError(f"deploy: {importance} is no importance.json; make one with `qtale measure`.")
     return source
-
-
-def _options(options: Options | None, plan: Plan | None) -> Options:
-    """The options asked for; without any, those under which later plans have the groups of the first one."""
-    if options is None and plan is not None:
-        options = Options(
-            mode=plan.mode, group_size=plan.group_size, symmetric=plan.symmetric, head_bits=plan.lm_head_bits
-        )
-    return (options or Options()).resolved()

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qtale.errors import InputError
-from qtale.files import write_whole
+from qtale.files import read_json, write_whole
 
 FORMAT = "qtale.importance"
 VERSION = 1
-_MAX_FILE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Importance:
     * ``per_sequence``: metric → sequence → layer, for metrics that are means over sequences.
     * ``token_sets``: sequence → layer boundary (before layer 0, …, after the last) → token numbers, the largest
       product first; ``words``: what those tokens are, by number.
+    * ``tokens``: the sequences of the scores from the loss, token numbers; plans are tried on them.
     * ``errors``: bits → module → |ŵ - w|² / |w|² of rounding to nearest.
     * ``module_costs``: metric → bits → module → predicted loss increase in nats per token (metrics "fisher" and,
       measured with it, "kl").
@@ -40,6 +40,7 @@ class Importance:
     module_costs: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     token_sets: Sequence[Sequence[Sequence[int]]] = ()
     words: Mapping[str, str] = field(default_factory=dict)
+    tokens: Sequence[Sequence[int]] = ()
 
     def _of(self, metric: str) -> Sequence[float]:
         if metric not in self.scores:
@@ -93,17 +94,7 @@ class Importance:
     def read(cls, path: str | Path) -> Importance:
         """The content of a file; InputError where it is missing, no JSON, or not what ``write`` writes."""
         path = Path(path).expanduser()
-        try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise InputError(f"{path}: is larger than {_MAX_FILE_BYTES} bytes, which no measurement needs.")
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read: {error.strerror or error}; make it with `qtale measure`."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is not valid JSON ({error}).") from error
-        return cls.from_json(value, str(path))
+        return cls.from_json(read_json(path, "`qtale measure`"), str(path))
 
     @classmethod
     def from_json(cls, value: Any, where: str = "importance") -> Importance:
@@ -120,6 +111,7 @@ class Importance:
         if not isinstance(fields.get("model", {}).get("fingerprint"), str) or not isinstance(layers, int):
             raise InputError(f"{where}: 'model' must name a fingerprint and num_layers.")
         _check_scores(fields.get("scores", {}), layers, where)
+        _check_tokens(fields.get("tokens", []), where)
         return cls(**{"data": {}, "settings": {}, **fields})
 
 
@@ -139,6 +131,13 @@ def _check_scores(scores: Mapping[str, Any], layers: int, where: str) -> None:
             raise InputError(f"{where}: scores by {metric!r} must be a list of {layers} numbers, one per layer.")
         if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in values):
             raise InputError(f"{where}: scores by {metric!r} must be finite numbers.")
+
+
+def _check_tokens(tokens: Any, where: str) -> None:
+    rows: list[Any] = tokens if isinstance(tokens, list) else [None]
+    lists = all(isinstance(row, list) for row in rows) and len({len(row) for row in rows}) <= 1
+    if not lists or any(type(token) is not int or token < 0 for row in rows for token in row):
+        raise InputError(f"{where}: 'tokens' must be lists of token numbers, all of the same length.")
 
 
 def _text(value: Any) -> str:

@@ -23,7 +23,7 @@ from qtale.importance.skeleton import build_skeleton, decoder_layers
 if TYPE_CHECKING:
     import torch
 
-    Layer = Callable[[torch.Tensor], torch.Tensor]
+Layer = Callable[["torch.Tensor"], "torch.Tensor"]
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

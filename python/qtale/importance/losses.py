@@ -11,20 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from qtale.importance.forward import Tokens, batches, kept
 from qtale.importance.journal import Journal
 from qtale.importance.layered import LayeredModel
 from qtale.importance.metrics import pieces, rounding
 from qtale.importance.options import ERROR_BITS, MeasureOptions
+from qtale.importance.predictions import divergence, predictions
 from qtale.importance.states import States
 
 if TYPE_CHECKING:
     import torch
-
-# Positions of each sequence at which ``noise`` compares predictions, evenly spaced: the head is a large matrix.
-KL_POSITIONS = 64
 
 
 def _gradient(index: int) -> str:
@@ -119,7 +115,7 @@ class LossPass:
         expected = self._expected()
         for index in range(len(found), self.model.num_layers):
             predicted = self._predictions(self._disturbed(index, self._add_noise))
-            found.append(_divergence(expected, predicted) / self.options.noise**2)
+            found.append(divergence(expected, predicted) / self.options.noise**2)
             self.journal.save("noise", found)
             bar.update()
 
@@ -138,7 +134,7 @@ class LossPass:
             costs = {}
             for bits in sorted({*ERROR_BITS, self.options.error_bits}, reverse=True):
                 predicted = self._predictions(self._disturbed(index, lambda layer, bits=bits: self._round(layer, bits)))  # type: ignore[misc]
-                costs[str(bits)] = max(0.0, _divergence(expected, predicted))
+                costs[str(bits)] = max(0.0, divergence(expected, predicted))
             found[str(index)] = costs
             self.journal.save("kl", found)
             bar.update()
@@ -175,14 +171,7 @@ class LossPass:
             weight.add_(noise, alpha=self.options.noise * float(weight.norm()) / math.sqrt(weight.numel()))
 
     def _predictions(self, hidden: list[torch.Tensor]) -> torch.Tensor:
-        """Log probabilities [positions, vocab] of the tokens after evenly spaced positions of every sequence."""
-        import torch
-
-        length = self.tokens.shape[1]
-        chosen = torch.from_numpy(np.linspace(0, length - 1, min(KL_POSITIONS, length)).round().astype(np.int64))
-        with self.model.head() as head, torch.no_grad():
-            rows = [head(batch[:, chosen]).log_softmax(-1).flatten(0, 1) for batch in hidden]
-        return torch.cat(rows)
+        return predictions(self.model, hidden, self.tokens.shape[1])
 
 
 def _present(gradient: torch.Tensor | None) -> torch.Tensor:
@@ -193,9 +182,3 @@ def _present(gradient: torch.Tensor | None) -> torch.Tensor:
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.fsum(float(x.dot(y)) for x, y in zip(pieces([a]), pieces([b]), strict=True))
-
-
-def _divergence(expected: torch.Tensor, predicted: torch.Tensor) -> float:
-    from torch.nn.functional import kl_div
-
-    return float(kl_div(predicted, expected, log_target=True, reduction="batchmean"))

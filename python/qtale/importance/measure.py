@@ -66,7 +66,8 @@ def measure_tokens(
         nbytes = _state_bytes(layered, options)
         states = stack.enter_context(open_states(where, (length, layered.hidden_size), nbytes, max_memory))
         _run(layered, states, tokens, options, journal, progress)
-    return _result(journal.entries, options, identity, source, decode)
+    found = _result(journal.entries, options, identity, source, decode)
+    return dataclasses.replace(found, tokens=tokens[: options.loss_sequences].tolist())
 
 
 def check_tokens(tokens: Any) -> Tokens:

@@ -171,10 +171,10 @@ def rounding(name: str, weight: torch.Tensor, spec: QuantSpec, scale_dtype: str)
 
     group_size = spec.resolve(name, weight.shape[1]).group_size
     try:
-        codes, scale, _ = ops.quantize(weight, spec.num_bits, group_size, spec.symmetric, scale_dtype)
+        codes, scale, zero_point = ops.quantize(weight, spec.num_bits, group_size, spec.symmetric, scale_dtype)
     except InputError as error:
         raise CheckpointError(f"{name}.weight cannot be quantized: {error}") from error
-    return ops.dequantize(codes, scale.float(), None, "float32").sub_(weight)  # type: ignore[no-any-return]
+    return ops.dequantize(codes, scale.float(), zero_point, "float32").sub_(weight)  # type: ignore[no-any-return]
 
 
 def _square(values: torch.Tensor) -> float:

@@ -13,7 +13,9 @@ HIDDEN_METRICS = ("jaccard", "lim", "bi")
 WEIGHT_METRICS = ("zd", "error", "random")
 LOSS_METRICS = ("fisher", "noise", "kl")
 METRICS = (*HIDDEN_METRICS, *WEIGHT_METRICS, *LOSS_METRICS)
-DEFAULT_METRICS = (*HIDDEN_METRICS, *WEIGHT_METRICS)
+# Fisher is one backward pass over a part of the sequences, and plans by it are as good as by ``kl``, whose many
+# forward passes grow with the square of the depth.
+DEFAULT_METRICS = (*HIDDEN_METRICS, *WEIGHT_METRICS, "fisher")
 # Widths for which the errors of every module are kept, whatever width the score is of.
 ERROR_BITS = (8, 4, 3, 2)
 

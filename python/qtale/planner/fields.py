@@ -18,6 +18,8 @@ _KEYS = (
     *("format", "version", "model", "mode", "metric", "budget_bytes", "needed_bytes", "group_size", "symmetric"),
     *("layers", "lm_head_bits"),
 )
+# What the KV cache and the workspace were reckoned for; plans without a reserve of their own have them.
+_OPTIONAL_KEYS = ("context", "batch")
 _MODEL_KEYS = ("fingerprint", "model_type", "num_layers")
 _MOST = 2**63 - 1
 
@@ -25,7 +27,7 @@ _MOST = 2**63 - 1
 def parse_plan(value: Any, where: str) -> dict[str, Any]:
     """The fields of a plan's object, without its format and version; InputError names the field and what it takes."""
     _check_format(value, where)
-    fields = _exactly(value, _KEYS, where)
+    fields = _exactly(value, _KEYS, where, _OPTIONAL_KEYS)
     model = _exactly(fields["model"], _MODEL_KEYS, f"{where}: 'model'")
     for key in ("fingerprint", "model_type"):
         _check(isinstance(model[key], str) and model[key], f"{where}: 'model'", key, model[key], "a text")
@@ -41,18 +43,14 @@ def parse_plan(value: Any, where: str) -> dict[str, Any]:
     _check(_one_of(grouping, _GROUPINGS), where, "group_size", grouping, ", ".join(map(str, _GROUPINGS)))
     _check(isinstance(fields["symmetric"], bool), where, "symmetric", fields["symmetric"], "true or false")
     _check_bits(fields["lm_head_bits"], where, "lm_head_bits")
+    optional = {key: fields[key] for key in _OPTIONAL_KEYS if key in fields}
+    for key, count in optional.items():
+        least = 1 if key == "batch" else 0
+        _check(_is_count(count) and count >= least, where, key, count, f"a whole number, {least} or more")
     layers = _parse_layers(fields["layers"], model["num_layers"], where)
     dropped = ("format", "version")
-    return {**{key: fields[key] for key in _KEYS if key not in dropped}, "model": dict(model), "layers": layers}
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object from its pairs; InputError where a name stands twice, of which one would be lost."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise InputError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object.")
-    return found
+    kept = {key: fields[key] for key in _KEYS if key not in dropped}
+    return {**kept, **optional, "model": dict(model), "layers": layers}
 
 
 def _check_format(value: Any, where: str) -> None:
@@ -103,15 +101,15 @@ def _parse_layer(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"layer": fields["layer"], "modules": dict(modules)}
 
 
-def _exactly(value: Any, keys: Sequence[str], where: str) -> Mapping[str, Any]:
+def _exactly(value: Any, keys: Sequence[str], where: str, optional: Sequence[str] = ()) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise InputError(f"{where} must be an object, not {type(value).__name__}.")
     for key in keys:
         if key not in value:
             raise InputError(f"{where}: lacks {key!r}.")
-    unknown = [key for key in value if key not in keys]
+    unknown = [key for key in value if key not in (*keys, *optional)]
     if unknown:
-        raise InputError(f"{where}: has the unknown field {unknown[0]!r}; known are {', '.join(keys)}.")
+        raise InputError(f"{where}: has the unknown field {unknown[0]!r}; known are {', '.join((*keys, *optional))}.")
     return value
 
 

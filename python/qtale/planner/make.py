@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from qtale.planner.expected import ExpectedLoss
 from qtale.planner.options import Options
 from qtale.planner.plan import Plan
 from qtale.planner.problem import BudgetError, Item, least_cost, total_cost
-from qtale.planner.scores import chosen_metric, layer_scores
+from qtale.planner.scores import BEST, chosen_metric, layer_scores, rival_metrics
 from qtale.planner.source import Source, open_source
+from qtale.planner.trial import least_divergent
 from qtale.planner.wait import wait_until_it_fits
 
 _logger = logging.getLogger("qtale")
@@ -40,6 +42,8 @@ class Planner:
 
     def for_bytes(self, budget: int) -> Plan:
         """The plan that fits ``budget`` bytes; raises BudgetError (an InputError) naming the least that would do."""
+        if self.metric == BEST:
+            return self._best(lambda rival: rival.for_bytes(budget))
         fixed = self.fixed_bytes
         try:
             items, choices = self._decided(budget - fixed) or self._weighed(budget - fixed)
@@ -57,6 +61,8 @@ class Planner:
             raise InputError(f"plan: an average of {bits} bits; give a number between 2 and 16.")
         if self.options.head_bits == AUTO:
             raise InputError("plan: an average says nothing about the head; give its bits, or a budget in bytes.")
+        if self.metric == BEST:
+            return self._best(lambda rival: rival.for_average(bits))
         items = self._items(parts.bit_cost)
         try:
             return self._plan(items, self._solve(items, int(bits * self.source.shape.weights)), None)
@@ -70,6 +76,17 @@ class Planner:
     def metric(self) -> str:
         """The importance score in use."""
         return chosen_metric(self.source.importance, self.options.metric, self.options.mode)
+
+    def _best(self, make: Callable[[Planner], Plan]) -> Plan:
+        """Of the plans by several scores the one that runs best."""
+        return least_divergent(self.source, [make(rival) for rival in self._rivals], progress=self.progress)
+
+    @functools.cached_property
+    def _rivals(self) -> tuple[Planner, ...]:
+        metrics = () if self.source.importance is None else rival_metrics(self.source.importance)
+        return tuple(
+            dataclasses.replace(self, options=dataclasses.replace(self.options, metric=name)) for name in metrics
+        )
 
     @functools.cached_property
     def fixed_bytes(self) -> int:
@@ -146,6 +163,8 @@ class Planner:
             symmetric=options.symmetric,
             layers=parts.layer_bits(shape, chosen),
             lm_head_bits=head,
+            context=options.context if options.reserve is None else None,
+            batch=options.batch if options.reserve is None else None,
         )
 
     def _too_small(self, least: int, budget: int) -> str:

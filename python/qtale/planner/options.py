@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtale.errors import InputError
 from qtale.planner.fields import BITS, MODES
+from qtale.planner.plan import Plan
 from qtale.planner.solve import PAPER_BITS
 from qtale.spec import QuantSpec
 
@@ -21,6 +23,9 @@ PAPER_RESERVE = int(0.36 * 2**30)
 class Options:
     """How bits are chosen. None takes the mode's default: see :meth:`resolved`.
 
+    ``metric`` is a score of importance.json, ``none``, ``auto`` (the first that it has, in the order in which plans by
+    them measured) or ``best``: plans by the first four of them are run on calibration sequences, which takes as long as
+    five forward passes, and the one whose predictions lie nearest to the dense model's is taken.
     ``choices`` are the bits that a layer or module may get, ``head_bits`` those of an untied lm_head or ``auto`` to
     let the solver choose, ``reserve`` the bytes to keep beside the weights instead of KV cache and workspace.
     """
@@ -35,6 +40,14 @@ class Options:
     context: int = 2048
     batch: int = 1
     reserve: int | None = None
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Options:
+        """Options under which later plans of a model have groups, head and context of a first one."""
+        options = cls(mode=plan.mode, group_size=plan.group_size, symmetric=plan.symmetric, head_bits=plan.lm_head_bits)
+        if plan.context is None or plan.batch is None:
+            return options
+        return dataclasses.replace(options, context=plan.context, batch=plan.batch)
 
     def resolved(self) -> Options:
         """These options with every default in place, checked; raises InputError naming what is accepted.

@@ -10,8 +10,8 @@ from typing import Any
 
 from qtale import names
 from qtale.errors import InputError
-from qtale.files import write_whole
-from qtale.planner.fields import once, parse_plan
+from qtale.files import read_json, write_whole
+from qtale.planner.fields import parse_plan
 from qtale.spec import QuantSpec
 
 AS_STORED = 16
@@ -62,6 +62,7 @@ class Plan:
 
     ``metric`` names the importance score that was used, ``budget_bytes`` is None where no budget was asked for, and
     ``needed_bytes`` is what weights, KV cache and workspace (or the reserve in their place) take under the plan.
+    ``context`` and ``batch`` are what cache and workspace were reckoned for; None where a reserve stood for them.
     """
 
     model: PlannedModel
@@ -73,6 +74,8 @@ class Plan:
     symmetric: bool
     layers: tuple[LayerBits, ...]
     lm_head_bits: int = AS_STORED
+    context: int | None = None
+    batch: int | None = None
 
     def bits_of(self, module: str) -> int:
         """Bits of a Linear by its full name (``model.layers.3.mlp.up_proj``, ``lm_head``); 16 outside of both.
@@ -119,6 +122,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The object that plan.json holds."""
+        sized = {"context": self.context, "batch": self.batch}
         return {
             "format": "qtale.plan",
             "version": 1,
@@ -131,6 +135,7 @@ class Plan:
             "metric": self.metric,
             "budget_bytes": self.budget_bytes,
             "needed_bytes": self.needed_bytes,
+            **{key: count for key, count in sized.items() if count is not None},
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "layers": [layer.to_json() for layer in self.layers],
@@ -152,19 +157,7 @@ class Plan:
     def read(cls, path: str | Path) -> Plan:
         """The plan in a file; raises InputError where it is missing, no JSON or not a valid plan."""
         path = Path(path).expanduser()
-        try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise InputError(f"is larger than {_MAX_FILE_BYTES} bytes, which no plan needs.")
-            value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read: {error.strerror or error}; make it with `qtale plan`."
-            ) from error
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is not valid JSON ({error}).") from error
-        return cls.from_json(value, str(path))
+        return cls.from_json(read_json(path, "`qtale plan`", _MAX_FILE_BYTES, unique=True), str(path))
 
     def write(self, path: str | Path) -> None:
         """Write the plan, one layer a line for people to edit, replacing a file that is there. Raises Error."""

@@ -9,8 +9,11 @@ from qtale.errors import InputError
 
 NO_METRIC = "none"
 AUTO = "auto"
+BEST = "best"
 # In the order in which plans by them measured (benchmarks/README.md); ``auto`` takes the first that the file has.
 _PREFERRED = ("kl", "fisher", "noise", "jaccard", "bi", "lim", "error", "zd")
+# ``best`` tries this many of them.
+_RIVALS = 4
 # The least that a layer counts, as a share of the most important one: scores rank layers, none of them is for free.
 _FLOOR = 0.01
 
@@ -27,6 +30,8 @@ def chosen_metric(importance: Scores | None, asked: str, mode: str) -> str:
 
     Without importance it is ``none``: all layers count the same. Raises InputError for scores that are not there.
     """
+    if asked == BEST and importance is not None:
+        return BEST
     if importance is None or asked == NO_METRIC:
         if asked not in (AUTO, NO_METRIC):
             raise InputError(
@@ -39,6 +44,12 @@ def chosen_metric(importance: Scores | None, asked: str, mode: str) -> str:
     if asked not in importance.scores:
         raise InputError(f"plan: there are no scores by {asked!r}; there are {', '.join(importance.scores)}.")
     return asked
+
+
+def rival_metrics(importance: Scores) -> tuple[str, ...]:
+    """The metrics whose plans ``best`` compares: the first preferred ones of those that are there."""
+    known = [name for name in _PREFERRED if name in importance.scores]
+    return tuple(known[:_RIVALS]) or tuple(importance.scores)
 
 
 def layer_scores(importance: Scores | None, metric: str, num_layers: int) -> tuple[float, ...]:

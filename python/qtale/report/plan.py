@@ -39,6 +39,8 @@ def _headline(plan: Plan) -> str:
 
 def _budget(plan: Plan) -> str:
     needed = f"needs {human_bytes(plan.needed_bytes)} ({plan.needed_bytes} B)"
+    if plan.context is not None and plan.batch is not None:
+        needed += f" with {plan.batch} x {plan.context} tokens of context"
     if plan.budget_bytes is None:
         return needed
     return f"{needed} of a budget of {human_bytes(plan.budget_bytes)} ({plan.budget_bytes} B)"

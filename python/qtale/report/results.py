@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtale.errors import InputError
+from qtale.files import read_json
 
 FORMAT = "qtale.results"
 VERSION = 1
@@ -64,15 +64,7 @@ class Results:
     def read(cls, path: str | Path) -> Results:
         """The results in a file; InputError where it is missing, no JSON or not what the benchmark writes."""
         path = Path(path).expanduser()
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read: {error.strerror or error}; make it with benchmarks/lsaq.py."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: is not valid JSON ({error}).") from error
-        return cls.from_json(value, str(path))
+        return cls.from_json(read_json(path, "benchmarks/lsaq.py"), str(path))
 
     @classmethod
     def from_json(cls, value: Any, where: str = "results") -> Results:
