@@ -14,7 +14,7 @@
 namespace qtale::cpu::projection {
 namespace {
 
-constexpr std::int64_t kDepth = 512;   // of one block at most
+constexpr std::int64_t kDepth = 640;   // of one block at most
 constexpr std::int64_t kEntries = 96;  // of one tile: shared by all rows
 constexpr int kFewRows = kWidth * 3 / 4;
 constexpr int kFewTile = 6;                               // rows
