@@ -6,8 +6,9 @@
 
 Modes (``Options.mode``): ``knapsack`` loses least by importance times rounding error, optimal to the resolution that
 it logs; ``greedy`` takes the step that loses least for each byte; ``paper`` is LSAQ's rule over whole layers at 16, 8
-and 4 bits; ``uniform`` gives every layer the same. A :class:`Planner` keeps sizes and losses for plans under other
-budgets of the same model.
+and 4 bits; ``uniform`` gives every layer the same. No score is best at every budget: ``Options(metric="best")`` runs
+the plans of several on the calibration sequences and takes the one that changes the predictions least. A
+:class:`Planner` keeps sizes and losses for plans under other budgets of the same model.
 """
 
 from qtale.planner.make import Planner, plan
