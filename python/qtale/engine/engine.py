@@ -246,7 +246,10 @@ class Engine:
 
     def __repr__(self) -> str:
         spec = self.spec
-        state = "closed" if self._model is None else f"weights {human_bytes(self.load_report.weights_bytes)}"
+        state = "closed"
+        if self._model is not None:
+            bits = ", ".join(map(str, self._model.layout.bits))
+            state = f"weights of {bits} bits in {human_bytes(self.load_report.weights_bytes)}"
         return (
             f"Engine({self.path.name}: {spec.model_type}, {spec.num_layers} layers of {spec.hidden_size}, "
             f"context {self.context}, {state})"
