@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qtale
 from engine_samples import make_model, save_model
 from qtale.cli.main import main
+from qtale.engine import Piece, Session
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role[0] }}]{{ message.content }}{% endfor %}"
@@ -75,3 +78,28 @@ def test_chat_prints_text(folder: Path, capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     assert main(["chat", str(folder), "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out == f"{qtale.load(folder).generate('[u]Hello[a]', 8)}\n"
+
+
+def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Session.stream
+
+    def interrupted(session: Session, prompt: list[int], *rest: Any, **options: Any) -> Iterator[Piece]:
+        pieces = whole(session, prompt, *rest, **options)
+        if len(prompt) > 10:
+            yield from pieces
+            return
+        yield next(pieces)
+        yield next(pieces)
+        pieces.close()  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "stream", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAgain\n"))
+    assert main(["chat", str(folder), "--json", "--max-new-tokens", "8"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (first["finish_reason"], first["new_tokens"]) == ("interrupted", 2)
+    assert second["finish_reason"] == "length"
+    # The tokens of "[u]Hi[a]", and of the answer the first that ran.
+    assert second["reused_tokens"] == 9

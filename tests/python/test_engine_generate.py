@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,36 @@ def test_threads_take_turns(engine: Engine) -> None:
     for thread in threads:
         thread.join()
     assert found == expected
+
+
+def test_two_engines_do_not_disturb_each_other(folder: Path, engine: Engine) -> None:
+    expected = engine.generate(PROMPTS[1], 20, ignore_end=True)
+    with qtale.load(folder, bits=4, num_threads=2) as other:
+        alone = other.generate(PROMPTS[2], 20, ignore_end=True)
+        streams = [
+            engine.generate(PROMPTS[1], 20, ignore_end=True, stream=True),
+            other.generate(PROMPTS[2], 20, ignore_end=True, stream=True),
+        ]
+        found: list[list[int]] = [[], []]
+        for pieces in zip(*streams, strict=True):
+            for tokens, piece in zip(found, pieces, strict=True):
+                tokens.extend(piece.tokens)
+        assert [tuple(tokens) for tokens in found] == [expected.tokens, alone.tokens]
+    assert engine.generate(PROMPTS[1], 20, ignore_end=True) == expected
+
+
+def test_ctrl_c_stops_a_call_and_leaves_nothing_behind(engine: Engine) -> None:
+    def forever() -> None:
+        while True:
+            engine.generate(PROMPTS, 150, ignore_end=True)
+
+    expected = engine.generate(PROMPTS[3], 10)
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            forever()
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert not any(engine._passes.decoder.kv_bytes())
+    assert engine.generate(PROMPTS[3], 10) == expected

@@ -101,6 +101,7 @@ def test_parts_of_different_bits_are_matrices_of_their_own(tmp_path: Path) -> No
     assert down is not None
     assert (down.num_bits, down.group_size) == (8, 0)
     engine = qtale.load(out, compute="float")
+    assert "llama, 3 layers of 64, context 256, weights of 4, 8, 32 bits in" in repr(engine)
     assert np.isfinite(engine.logits(ids_of(5))).all()
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from eval_samples import byte_tokenizer
 from qtale.engine import ChatTemplate
+from qtale.engine.inputs import Inputs
 from qtale.engine.text import StoppedText
 from qtale.engine.tokenizer import Tokenizer, end_tokens
 from qtale.errors import CheckpointError, InputError, UnsupportedError
@@ -188,10 +189,9 @@ def test_missing_and_broken_tokenizers_are_told(tmp_path: Path) -> None:
 
 
 def test_end_tokens_come_from_the_first_that_names_them(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(folder_with(tmp_path / "model"))
-    path = tmp_path / "model"
-    assert end_tokens(path, {}, tokenizer) == {0}
-    assert end_tokens(path, {}, None) == frozenset()
-    assert end_tokens(path, {"eos_token_id": 5}, tokenizer) == {5}
+    path = folder_with(tmp_path / "model")
+    assert Inputs(path, 257, 10, end_tokens(path, {})).ends == {0}
+    assert Inputs(tmp_path, 257, 10, end_tokens(tmp_path, {})).ends == frozenset()
+    assert Inputs(path, 257, 10, end_tokens(path, {"eos_token_id": 5})).ends == {5}
     (path / "generation_config.json").write_text('{"eos_token_id": [6, 7]}')
-    assert end_tokens(path, {"eos_token_id": 5}, tokenizer) == {6, 7}
+    assert end_tokens(path, {"eos_token_id": 5}) == {6, 7}

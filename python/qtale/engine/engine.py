@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +20,7 @@ from qtale.engine.passes import PASS_TOKENS, CallReport, Passes
 from qtale.engine.sampling import Sampling, token_sources
 from qtale.engine.score import loglikelihoods
 from qtale.engine.session import Session
-from qtale.engine.tokenizer import TOKENIZER_FILE, Tokenizer, end_tokens
+from qtale.engine.tokenizer import Tokenizer, end_tokens
 from qtale.errors import InputError
 from qtale.memory.sizes import human_bytes
 from qtale.spec import QuantSpec
@@ -68,13 +67,8 @@ def load(
     weights = WeightOptions(quantize, lm_head_bits)
     options = LoadOptions(compute, context, kv_dtype, kv_rule, num_threads)
     folder = open_folder(model)
-    has_tokenizer = (folder.path / TOKENIZER_FILE).is_file()
-    # A tokenizer of many tokens takes as long as small weights do; both are read at once.
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(Tokenizer, folder.path) if has_tokenizer else None
-        loaded = LoadedModel(folder, weights, options, cache, progress)
-        tokenizer = reading.result() if reading else None
-    return Engine(loaded, folder.path, tokenizer, end_tokens(folder.path, folder.config, tokenizer))
+    ends = end_tokens(folder.path, folder.config)
+    return Engine(LoadedModel(folder, weights, options, cache, progress), folder.path, ends)
 
 
 def _group(group_size: int | str) -> int | str:
@@ -90,24 +84,26 @@ class Engine:
     are still open then end with an error.
     """
 
-    def __init__(
-        self, model: LoadedModel, path: Path, tokenizer: Tokenizer | None, ends: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, model: LoadedModel, path: Path, ends: frozenset[int] = frozenset()) -> None:
         self._model: LoadedModel | None = model
         self._passes = Passes(model.decoder, model.spec.vocab_size, model.context)
-        self._inputs = Inputs(path, tokenizer, model.spec.vocab_size, model.context, ends)
+        self._inputs = Inputs(path, model.spec.vocab_size, model.context, ends)
         self._theta = model.routing.theta
         self.path = path
         self.spec = model.spec
         self.context = model.context
-        self.end_tokens = ends
         self.load_report: LoadReport = model.report
         self.report = CallReport()
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer; InputError where it has none."""
+        """The folder's tokenizer, read when first needed; InputError where it has none."""
         return self._inputs.tokenizer
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The ids that end a text."""
+        return self._inputs.ends
 
     def logits(self, ids: Prompt) -> Floats:
         """Logits [n, vocab] after each of n tokens (or of a text's tokens); raises InputError for wrong ids."""
@@ -250,7 +246,10 @@ class Engine:
 
     def __repr__(self) -> str:
         spec = self.spec
-        state = "closed" if self._model is None else f"weights {human_bytes(self.load_report.weights_bytes)}"
+        state = "closed"
+        if self._model is not None:
+            bits = ", ".join(map(str, self._model.layout.bits))
+            state = f"weights of {bits} bits in {human_bytes(self.load_report.weights_bytes)}"
         return (
             f"Engine({self.path.name}: {spec.model_type}, {spec.num_layers} layers of {spec.hidden_size}, "
             f"context {self.context}, {state})"

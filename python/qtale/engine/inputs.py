@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,27 @@ DEFAULT_NEW_TOKENS = 256
 
 
 class Inputs:
-    """Turns texts and ids into checked token ids of one model; ``ends`` are the ids that end a text."""
+    """Turns texts and ids into checked token ids of one model.
 
-    def __init__(
-        self, path: Path, backend: Tokenizer | None, vocab_size: int, context: int, ends: frozenset[int]
-    ) -> None:
-        self.path, self.backend, self.ends = path, backend, ends
+    ``ends`` are the ids that its configs say end a text. The tokenizer is read when it is first needed.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, context: int, ends: frozenset[int]) -> None:
+        self.path, self._ends = path, ends
         self.vocab_size, self.context = vocab_size, context
+
+    @cached_property
+    def backend(self) -> Tokenizer | None:
+        """The folder's tokenizer, None where it has none; CheckpointError where it is broken."""
+        return Tokenizer(self.path) if (self.path / TOKENIZER_FILE).is_file() else None
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids that end a text; where no config names one, that of the tokenizer's eos_token."""
+        if self._ends or self.backend is None or self.backend.eos_token is None:
+            return self._ends
+        token = self.backend.token_id(self.backend.eos_token)
+        return frozenset() if token is None else frozenset([token])
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -87,6 +87,15 @@ class Layout:
         """The most bytes that reading one block takes beside the arena."""
         return max((_workspace(block) for block in self.blocks.values()), default=0)
 
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The widths that weights of the layers have, in ascending order."""
+        sources = [source for block in self.blocks.values() for source in block.sources if block.name[:6] == "layers"]
+        dense = {"float32": 32}
+        return tuple(
+            sorted({source.spec.num_bits if source.spec else dense.get(source.dtype, 16) for source in sources})
+        )
+
     def add(self, name: str, nbytes: int, **parts: object) -> None:
         """Append a block."""
         self.blocks[name] = Block(name, self.nbytes, nbytes, **parts)  # type: ignore[arg-type]

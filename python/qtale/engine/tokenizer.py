@@ -103,8 +103,8 @@ class TextStream:
         return text[len(before) :]
 
 
-def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Ids that end a text: of generation_config.json, else of config.json, else the tokenizer's eos_token."""
+def end_tokens(folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """Ids that end a text: of generation_config.json, else of config.json; empty where neither names one."""
     for fields in (_optional_json(folder / GENERATION_FILE), config):
         found = fields.get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
@@ -112,8 +112,7 @@ def end_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | N
             raise CheckpointError(f"{folder}: eos_token_id is {found!r}; it must be a token id or a list of them.")
         if ids:
             return frozenset(ids)
-    token = tokenizer.token_id(tokenizer.eos_token) if tokenizer and tokenizer.eos_token else None
-    return frozenset() if token is None else frozenset([token])
+    return frozenset()
 
 
 def _read_backend(folder: Path) -> tokenizers.Tokenizer:
