@@ -2,50 +2,13 @@
 // asks, so a query meets the same sums in the same order alone, in a tile and in a batch.
 #pragma once
 
-#include "cpu/attention_softmax.inl"
+#include "cpu/attention_workspace.inl"
 
 namespace qtale::cpu::attending {
 namespace {
 
 constexpr std::int64_t kQueries = 192;    // of a block: so many share the conversion of a chunk
 constexpr std::int64_t kFewQueries = 12;  // read the pages as they are
-
-// Memory of one thread. Pages of a converted chunk have the layout of the cache, with values in whole vectors.
-struct Workspace {
-  float* queries;  // [queries, kQueryStride], scaled to base 2
-  float* weights;  // [queries, kChunk]
-  float* factors;  // [queries]
-  Range* ranges;   // [queries]
-  float* keys;     // [kPages, head_dim, kPageTokens]
-  float* values;   // [kChunk, stride]
-
-  Workspace(std::byte* memory, std::int64_t count, std::int64_t head_dim)
-      : queries(reinterpret_cast<float*>(memory)),
-        weights(queries + count * kQueryStride),
-        factors(weights + count * kChunk),
-        ranges(reinterpret_cast<Range*>(factors + round_up(count, 16))),
-        keys(factors + 3 * round_up(count, 16)),
-        values(keys + kChunk * head_dim) {}
-  static std::size_t bytes(std::int64_t count, std::int64_t head_dim) {
-    const std::int64_t floats =
-        count * (kQueryStride + kChunk) + 3 * round_up(count, 16) + kChunk * (head_dim + round_up(head_dim, kWidth));
-    return static_cast<std::size_t>(floats) * sizeof(float);
-  }
-};
-
-// The heads of a group lie together, rows far apart: a head is asked for some heads before it is needed.
-constexpr std::int64_t kHeadsAhead = 12;
-
-template <class Heads>
-inline auto heads_at(const Heads& heads, const AttentionArgs& a, const AttentionBlock& b, std::int64_t query) {
-  return heads.at(b.row + query / a.group, b.kv_head * a.group + query % a.group);
-}
-inline void prefetch_head(const float* head, std::int64_t head_dim) {
-  for (std::int64_t i = 0; i < head_dim; i += 16) __builtin_prefetch(head + i);
-}
-inline void prefetch_head(float* head, std::int64_t head_dim) {
-  for (std::int64_t i = 0; i < head_dim; i += 16) __builtin_prefetch(head + i, 1);
-}
 
 // E is the type of the cache.
 template <class E, int TileRows, int TileVecs>
@@ -68,7 +31,7 @@ class Span {
     for (std::int64_t r = b_.row; r < b_.row + b_.rows; ++r) {
       shared_begin_ = a_.begin[r] > shared_begin_ ? a_.begin[r] : shared_begin_;
       shared_end_ = min64(shared_end_, a_.end[r]);
-      last_ = a_.end[r] > last_ ? a_.end[r] : last_;
+      if (a_.begin[r] < a_.end[r] && a_.end[r] > last_) last_ = a_.end[r];
     }
     const bool whole = a_.head_dim % kWidth == 0;
     for (std::int64_t at = begin_ / kChunk * kChunk; at < end_; at += kChunk) {
