@@ -157,6 +157,13 @@ def test_draws_follow_the_probabilities() -> None:
     assert np.abs(shares - probabilities).max() < 4 * np.sqrt(0.25 / 4000)
 
 
+def test_small_temperatures_are_greedy() -> None:
+    logits = np.random.default_rng(1).normal(0, 3, (3, 100)).astype(np.float32)
+    for temperature in (1e-3, 1e-30, 1e-60):
+        options = Sampling(temperature, top_p=0.9, min_p=0.1)
+        assert choose(logits.copy(), token_sources(3, 0), options) == logits.argmax(axis=1).tolist()
+
+
 def test_logits_that_are_no_numbers_are_told() -> None:
     with pytest.raises(Error, match="finite"):
         choose(np.full((1, 4), np.nan, np.float32), token_sources(1, 0), Sampling())

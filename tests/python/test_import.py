@@ -33,6 +33,7 @@ def test_import_qtale_loads_no_heavy_package(tmp_path: Path) -> None:
         "import qtale; qtale.quantize",
         "import qtale; qtale.load_torch",
         "import qtale; qtale.demo",
+        "import qtale; qtale.load; qtale.Engine",
         "import qtale; qtale.plan; qtale.planner.Plan",
         "import qtale; qtale.memory.budget(); qtale.memory.devices()",
         "import qtale.cli.main as main; main.main(['plan', 'config.json', '--mode', 'paper', '--budget', '16GiB'])",

@@ -90,11 +90,10 @@ class Layout:
     @property
     def bits(self) -> tuple[int, ...]:
         """The widths that weights of the layers have, in ascending order."""
-        sources = [source for block in self.blocks.values() for source in block.sources if block.name[:6] == "layers"]
-        dense = {"float32": 32}
-        return tuple(
-            sorted({source.spec.num_bits if source.spec else dense.get(source.dtype, 16) for source in sources})
-        )
+        blocks = [block for name, block in self.blocks.items() if name.startswith("layers.")]
+        stored = {"float32": 32, "float16": 16, "bfloat16": 16}
+        sources = [source for block in blocks for source in block.sources]
+        return tuple(sorted({each.spec.num_bits if each.spec else stored[each.dtype] for each in sources}))
 
     def add(self, name: str, nbytes: int, **parts: object) -> None:
         """Append a block."""

@@ -86,7 +86,8 @@ def choose(logits: Floats, sources: Sequence[TokenSource], options: Sampling) ->
             "generate: the model gave logits that are no finite numbers; its weights or caches overflow. Try compute="
             "'float' and kv_dtype='float32'."
         )
-    if options.temperature == 0.0:
+    # Also temperatures that float32 has no number for.
+    if np.float32(options.temperature) == 0.0:
         return [int(token) for token in largest]
     filtered = _filter(logits, options)
     return [_draw(row, source.generator) for row, source in zip(filtered, sources, strict=True)]
