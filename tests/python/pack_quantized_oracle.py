@@ -78,12 +78,16 @@ class Packed:
 
     def dequantized(self) -> Array:
         """(code - zero point) * scale [out, in] in float32, rounded once to the scale's type."""
+        return round_to(self.exact(), self.scale.dtype)
+
+    def exact(self) -> Array:
+        """The same in float32, as the kernels compute with it."""
         groups = self.scale.values.shape[1]
         offset = self.zero_point if self.zero_point is not None else np.zeros((1, groups), dtype=np.int64)
         size = self.codes.shape[1] // groups
         centred = self.codes - np.repeat(offset, size, axis=1)
-        exact = centred.astype(np.float32) * np.repeat(self.scale.float32(), size, axis=1)
-        return round_to(exact, self.scale.dtype)
+        product: Array = centred.astype(np.float32) * np.repeat(self.scale.float32(), size, axis=1)
+        return product
 
 
 def round_to(values: Array, dtype: str) -> Array:

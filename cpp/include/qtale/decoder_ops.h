@@ -30,8 +30,8 @@ void rope(const TensorView& x, const TensorView& table, const TensorView& positi
 void silu_mul(const TensorView& gate_up, const TensorView& out);
 
 // What scoring needs of logits: log-softmax at one target, and whether the target is the first of the largest.
-//   logits [rows, vocab] f32, rows may be apart; rows and targets [count] s32; log_probs [count] f32, greedy [count] u8.
-//   |error| <= 2^-20 * (1 + |largest logit - target's|).
+//   logits [rows, vocab] f32, rows may be apart; rows and targets [count] s32; log_probs [count] f32, greedy [count]
+//   u8. |error| <= 2^-20 * (1 + |largest logit - target's|).
 void log_softmax_at(const TensorView& logits, const TensorView& rows, const TensorView& targets,
                     const TensorView& log_probs, const TensorView& greedy);
 
