@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -20,6 +20,7 @@ import peer_builds
 from peer_packages import PACKAGES
 from qtale import _core, demo
 from qtale.bench import LlamaBench, machine, machine_lines, write_shape
+from qtale.bench.run import Peer
 from qtale.checkpoint.folder import open_folder
 from qtale.engine.spec import DecoderSpec, read_spec
 from qtale.errors import Error
@@ -28,20 +29,6 @@ from random_models import TINY, TINYLLAMA
 MEMORY = 256 << 20  # bytes read for the limit
 SHAPES = {"1.1b": TINYLLAMA, "tiny": TINY}
 Row = dict[str, Any]
-
-
-class Peer(Protocol):
-    """Another engine with one model."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def bytes_per_token(self) -> int: ...
-
-    def prefill(self, tokens: int, threads: int, repeats: int = 1) -> float: ...
-
-    def decode(self, tokens: int, threads: int, repeats: int = 1) -> float: ...
 
 
 @dataclass(frozen=True)
