@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -20,14 +19,14 @@ from engine_cases import QUICK, Sizes
 from peers import Choice, add_peer_arguments, choice_of, peers
 from qtale import _core, demo
 from qtale.bench import Row, Subject, batches, decode, machine, machine_lines, prefill, table
-from qtale.bench.figures import judge, make_row
+from qtale.bench.figures import judge
+from qtale.bench.run import beside
 from qtale.engine.layout import WeightOptions
 from qtale.errors import Error
 from qtale.spec import QuantSpec
 from random_models import TINY, TINYLLAMA, Shape, routed_copy, write_model
 
 ROUTER_WIDTH = 128
-PEER_TOKENS = 64  # that a peer decodes in one run
 NEVER_FALLS = 0.98
 SHAPES: dict[str, Shape] = {"1.1b": TINYLLAMA, "tiny": TINY}
 
@@ -140,7 +139,7 @@ class Bench:
                 continue
             for threads in self.threads:
                 _core.set_num_threads(threads)
-                yield from over_peer(subject, peer, form, threads, self.sizes)
+                yield from over_peer(subject, peer, form, self.sizes)
 
 
 def judged_batches(subject: Subject, sizes: Sizes) -> list[Row]:
@@ -151,25 +150,13 @@ def judged_batches(subject: Subject, sizes: Sizes) -> list[Row]:
     return [*rows, judge(last, of_isa(BATCH_GAIN))]
 
 
-def over_peer(subject: Subject, peer: Any, form: Format, threads: int, sizes: Sizes) -> Iterator[Row]:
-    """Decode and prefill over one peer's."""
+def over_peer(subject: Subject, peer: Any, form: Format, sizes: Sizes) -> Iterator[Row]:
+    """Decode and prefill over one peer's, judged for 4 bits, and for others in prefill."""
     engine = peer.name.split()[0]
-    repeats = max(1, sizes.slow_repeats // 2)
-    with cases.Decoding(subject, longest=PEER_TOKENS) as decoding:
-        ways = {
-            "decode": (lambda: PEER_TOKENS / decoding.seconds(PEER_TOKENS), lambda: peer.decode(PEER_TOKENS, threads)),
-            "prefill": (
-                lambda: sizes.short / subject.prefill_seconds(sizes.short),
-                lambda: peer.prefill(sizes.short, threads),
-            ),
-        }
-        for what, (ours, theirs) in ways.items():
-            pairs = [(ours(), theirs()) for _ in range(repeats)]
-            rate, limit = (statistics.median(side) for side in zip(*pairs, strict=True))
-            row = make_row(f"{what} over {peer.name}", rate, "tokens/s", samples=repeats, limit=limit)
-            row |= {"share": statistics.median(a / b for a, b in pairs), "limit_name": f"{limit:.1f} tokens/s"}
-            target = of_isa(PEER_TARGETS.get(engine, {}).get(what))
-            yield judge(row, target if form.peer == "4" or what == "prefill" else None)
+    for row in beside(subject, peer, sizes.short, max(1, sizes.slow_repeats // 2)):
+        what = row["figure"].split()[0]
+        target = of_isa(PEER_TARGETS.get(engine, {}).get(what))
+        yield judge(row, target if form.peer == "4" or what == "prefill" else None)
 
 
 def model_folder(model: str, form: Format, work: Path) -> tuple[Path, WeightOptions]:

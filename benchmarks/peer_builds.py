@@ -21,7 +21,8 @@ OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "GGML_NATIVE": "ON",
     "LLAMA_BUILD_TESTS": "OFF",
-    "LLAMA_BUILD_EXAMPLES": "OFF",
+    # Those of ik_llama.cpp hold llama-bench; only the programs that are asked for are built.
+    "LLAMA_BUILD_EXAMPLES": "ON",
     "LLAMA_BUILD_SERVER": "OFF",
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_CURL": "OFF",

@@ -12,12 +12,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from tqdm.auto import tqdm
 
 import peer_builds
 from peer_packages import PACKAGES
 from qtale import _core, demo
 from qtale.bench import LlamaBench, machine, machine_lines, write_shape
+from qtale.bench.run import Peer
 from qtale.checkpoint.folder import open_folder
 from qtale.engine.spec import DecoderSpec, read_spec
 from qtale.errors import Error
@@ -26,20 +29,6 @@ from random_models import TINY, TINYLLAMA
 MEMORY = 256 << 20  # bytes read for the limit
 SHAPES = {"1.1b": TINYLLAMA, "tiny": TINY}
 Row = dict[str, Any]
-
-
-class Peer(Protocol):
-    """Another engine with one model."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def bytes_per_token(self) -> int: ...
-
-    def prefill(self, tokens: int, threads: int, repeats: int = 1) -> float: ...
-
-    def decode(self, tokens: int, threads: int, repeats: int = 1) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -116,18 +105,21 @@ def measure(peer: Peer, threads: int, prefill: int, decode: int, repeats: int) -
     }
 
 
+def line(row: Row) -> str:
+    """One peer on some threads, for people."""
+    rate = row["decode"]["tokens_per_second"]
+    speed = rate * row["bytes_per_token"] / 1e9
+    return (
+        f"{row['peer']:26} {row['threads']:7} {row['prefill']['tokens_per_second']:12.1f} {rate:11.1f} "
+        f"{row['bytes_per_token'] / 1e6:9.0f} {speed:6.1f} {row['share_of_read']:12.2f}"
+    )
+
+
 def table(result: dict[str, Any]) -> str:
     """The results for people."""
     lines = [*machine_lines(result["machine"]), ""]
     lines.append("peer                       threads  prefill t/s  decode t/s  MB/token   GB/s  of the read")
-    for row in result["results"]:
-        rate = row["decode"]["tokens_per_second"]
-        speed = rate * row["bytes_per_token"] / 1e9
-        lines.append(
-            f"{row['peer']:26} {row['threads']:7} {row['prefill']['tokens_per_second']:12.1f} {rate:11.1f} "
-            f"{row['bytes_per_token'] / 1e6:9.0f} {speed:6.1f} {row['share_of_read']:12.2f}"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(line, result["results"])])
 
 
 def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=64, metavar="N", help="tokens that are decoded")
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write all results as JSON to FILE; '-' is standard output")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep the random models in DIR for the next run")
     add_peer_arguments(parser)
     return parser.parse_args()
 
@@ -173,10 +166,12 @@ def parse_arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All results as one JSON object."""
     rows = []
-    with tempfile.TemporaryDirectory() as work:
-        found = peers(args.model, choice_of(args), Path(work))
-        for threads in map(int, args.threads.split(",")):
-            rows += [measure(peer, threads, args.prefill, args.decode, args.repeat) for peer in found]
+    with tempfile.TemporaryDirectory() as temporary:
+        found = peers(args.model, choice_of(args), args.work or Path(temporary))
+        runs = [(peer, threads) for threads in map(int, args.threads.split(",")) for peer in found]
+        for peer, threads in tqdm(runs, desc="peers", file=sys.stderr):
+            rows.append(measure(peer, threads, args.prefill, args.decode, args.repeat))
+            tqdm.write(line(rows[-1]), file=sys.stderr)
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return {"benchmark": "peers", "time": stamp, "machine": machine(), "model": args.model, "results": rows}
 

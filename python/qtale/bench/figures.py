@@ -57,7 +57,7 @@ def readers(subject: Subject, repeats: int) -> list[int]:
 def steps_of(decoding: Decoding, longest: int = 32) -> int:
     """Passes of one sample."""
     seconds = min(decoding.seconds(1) for _ in range(3))
-    return max(1, min(longest, round(_SAMPLE_SECONDS / seconds)))
+    return max(1, min(longest, decoding.longest, round(_SAMPLE_SECONDS / seconds)))
 
 
 def decode(subject: Subject, repeats: int) -> Row:

@@ -119,12 +119,13 @@ class Subject:
 
 
 class Decoding:
-    """Sequences that were read up to a context of ``CONTEXT`` tokens (less in a short one), to go on from there."""
+    """Sequences that hold ``CONTEXT`` tokens, to go on by up to ``longest``; both less in a short context."""
 
     def __init__(self, subject: Subject, batch: int = 1, longest: int = 64) -> None:
         self._subject, self._batch = subject, batch
-        self.context = max(1, min(CONTEXT, subject.model.context - longest))
-        subject.check_room(self.context + longest)
+        subject.check_room(2)
+        self.longest = min(longest, subject.model.context // 2)
+        self.context = min(CONTEXT, subject.model.context - self.longest)
         self._sequences = [subject.passes.add() for _ in range(batch)]
         for sequence in self._sequences:
             subject.feed(sequence, subject._take(self.context), CallReport())

@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from qtale.errors import Error
 
 VERBS = (
-    *("measure", "plan", "quantize", "deploy", "generate", "chat"),
+    *("measure", "plan", "quantize", "deploy", "generate", "chat", "bench"),
     *("eval", "report", "inspect", "import_gguf", "doctor"),
 )
 
