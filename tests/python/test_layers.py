@@ -14,7 +14,7 @@ ROOT = Path(qtale.__file__).parent
 LEVELS = (
     {"errors", "files", "spec", "names"},
     {"_core", "tensors", "kernels", "ops", "torch_library", "torch_ops", "torch_dense"},
-    {"checkpoint", "format", "nn"},
+    {"checkpoint", "format", "layerwise", "nn"},
     {"importance", "planner", "memory", "ptq", "routing", "qat"},
     {"engine"},
     {"integrations", "deployment", "report", "demo", "bench"},

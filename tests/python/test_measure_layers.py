@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from importance_samples import ARCHITECTURES, LAYERS, VOCAB, hidden_states, load_model, save_model, some_tokens
 from qtale.checkpoint import open_folder
 from qtale.errors import CheckpointError, UnsupportedError
-from qtale.importance.layered import LayeredModel
+from qtale.layerwise.model import LayeredModel
 
 
 def layered_states(model: LayeredModel, tokens: np.ndarray) -> list[torch.Tensor]:
@@ -113,5 +113,5 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         LayeredModel(open_folder(tmp_path / "t5"))
     bert = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertModel(bert).save_pretrained(tmp_path / "bert")
-    with pytest.raises(UnsupportedError, match="measure"):
+    with pytest.raises(UnsupportedError, match="no list of 1 decoder layers"):
         LayeredModel(open_folder(tmp_path / "bert"))

@@ -18,15 +18,16 @@ from importance_samples import LAYERS, save_model, some_tokens
 from qtale import MeasureOptions
 from qtale.errors import Error, InputError
 from qtale.importance import METRICS, Importance, measure_tokens
-from qtale.importance.journal import Journal
-from qtale.importance.layered import LayeredModel
+from qtale.layerwise.journal import Journal
+from qtale.layerwise.model import LayeredModel
 
 OPTIONS = MeasureOptions(metrics=METRICS, top_k=8, loss_sequences=2)
 CHILD = """
 import os, signal, sys
 import numpy as np
 from qtale import MeasureOptions
-from qtale.importance import METRICS, journal, measure_tokens
+from qtale.importance import METRICS, measure_tokens
+from qtale.layerwise import journal
 
 written, left = journal.Journal._write, [4]
 def counted(self, path):
@@ -103,7 +104,7 @@ def test_finished_layers_are_not_run_again(model: Path, tmp_path: Path, monkeypa
     assert run == [2]
     measure_tokens(model, some_tokens(), options, resume=state, progress=False)
     assert run == [2]
-    with pytest.raises(InputError, match="belongs to a measurement with another settings"):
+    with pytest.raises(InputError, match="belongs to a run with another settings"):
         measure_tokens(model, some_tokens(), OPTIONS, resume=state, progress=False)
 
 
@@ -126,7 +127,7 @@ def test_a_folder_with_other_files_or_in_use_is_refused(model: Path, tmp_path: P
         measure_tokens(model, some_tokens(), OPTIONS, resume=tmp_path, progress=False)
     state = tmp_path / "state"
     state.mkdir()
-    with filelock.FileLock(state / ".lock"), pytest.raises(InputError, match="another measurement runs in it"):
+    with filelock.FileLock(state / ".lock"), pytest.raises(InputError, match="another run works in it"):
         measure_tokens(model, some_tokens(), OPTIONS, resume=state, progress=False)
 
 

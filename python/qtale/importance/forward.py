@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qtale.errors import CheckpointError, InputError
-from qtale.importance.journal import Journal
-from qtale.importance.layered import LayeredModel
 from qtale.importance.metrics import Metric, Sets
 from qtale.importance.options import LOSS_METRICS, MeasureOptions
-from qtale.importance.states import States
 from qtale.importance.topk import token_sets
+from qtale.layerwise.journal import Journal
+from qtale.layerwise.model import LayeredModel
+from qtale.layerwise.states import States
 
 if TYPE_CHECKING:
     import torch

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qtale.importance.forward import Tokens, batches, kept
-from qtale.importance.journal import Journal
-from qtale.importance.layered import LayeredModel
 from qtale.importance.metrics import pieces, rounding
 from qtale.importance.options import ERROR_BITS, MeasureOptions
 from qtale.importance.predictions import divergence, predictions
-from qtale.importance.states import States
+from qtale.layerwise.journal import Journal
+from qtale.layerwise.model import LayeredModel
+from qtale.layerwise.states import States
 
 if TYPE_CHECKING:
     import torch

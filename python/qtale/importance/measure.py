@@ -17,12 +17,12 @@ from qtale.checkpoint import ModelFolder, fingerprint, open_folder
 from qtale.errors import InputError
 from qtale.importance.file import Importance
 from qtale.importance.forward import Forward, Tokens
-from qtale.importance.journal import Journal, claimed
-from qtale.importance.layered import LayeredModel
 from qtale.importance.losses import LossPass
 from qtale.importance.metrics import make_metrics
 from qtale.importance.options import LOSS_METRICS, MeasureOptions
-from qtale.importance.states import States, open_states
+from qtale.layerwise.journal import Journal, claimed
+from qtale.layerwise.model import LayeredModel
+from qtale.layerwise.states import States, open_states
 
 _logger = logging.getLogger("qtale")
 MAX_MEMORY = 1 << 30

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qtale.importance.layered import LayeredModel
+from qtale.layerwise.model import LayeredModel
 
 if TYPE_CHECKING:
     import torch

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from qtale.checkpoint import ModelFolder
 from qtale.importance.forward import Tokens, batches
-from qtale.importance.layered import Layer, LayeredModel
 from qtale.importance.metrics import rounding
 from qtale.importance.predictions import divergence, predictions
-from qtale.importance.states import States, open_states
+from qtale.layerwise.model import Layer, LayeredModel
+from qtale.layerwise.states import States, open_states
 from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The model whose layers are measured, without weights."""
+"""A model of transformers without weights, and where its decoder layers are."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def build_skeleton(folder: ModelFolder) -> PreTrainedModel:
-    """The model of a folder's config.json in eval mode; no tensor is read.
+def build_skeleton(folder: ModelFolder, verb: str) -> PreTrainedModel:
+    """The model of a folder's config.json in eval mode; no tensor is read; ``verb`` is for errors.
 
     Raises UnsupportedError for quantized folders and for what transformers has no causal language model for.
     """
     import torch
 
     if folder.config.get("quantization_config") is not None:
-        raise UnsupportedError(f"{folder.path}: is quantized already; measure the dense model it was made from.")
-    return build_on_meta(folder, decoder_config(folder, "measure"), torch.float32).eval()
+        raise UnsupportedError(f"{folder.path}: is quantized already; take the dense model it was made from.")
+    return build_on_meta(folder, decoder_config(folder, verb), torch.float32).eval()
 
 
 def decoder_layers(model: Any, folder: ModelFolder) -> tuple[str, nn.ModuleList]:
@@ -34,6 +34,6 @@ def decoder_layers(model: Any, folder: ModelFolder) -> tuple[str, nn.ModuleList]
         if isinstance(module, torch.nn.ModuleList) and len(module) == count and name.rpartition(".")[2] == "layers":
             return name, module
     raise UnsupportedError(
-        f"{folder.path}: {type(model).__name__} has no list of {count} decoder layers named 'layers'; measure takes "
-        "models built as Llama is."
+        f"{folder.path}: {type(model).__name__} has no list of {count} decoder layers named 'layers'; take a model "
+        "built as Llama is."
     )

@@ -1,4 +1,4 @@
-"""What a measurement has found so far, kept in a folder so that an interrupted one goes on where it stopped."""
+"""What a long run has found so far, kept in a folder so that an interrupted one goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Journal:
         found = read_json_object(path)
         entries = found.get("entries")
         if not isinstance(entries, dict):
-            raise InputError(f"{path}: is no journal of a measurement; give another folder to --resume.")
+            raise InputError(f"{path}: is no journal of such a run; give another folder to --resume.")
         different = [name for name, value in self._key.items() if found.get("key", {}).get(name) != value]
         if different:
             raise InputError(
-                f"{path}: belongs to a measurement with another {' and '.join(different)}; repeat that one exactly, or "
+                f"{path}: belongs to a run with another {' and '.join(different)}; repeat that one exactly, or "
                 "give another folder to --resume."
             )
         self.entries = entries
@@ -51,7 +51,7 @@ class Journal:
 
 @contextlib.contextmanager
 def claimed(folder: Path | None) -> Iterator[None]:
-    """Make ``folder`` and keep other measurements out of it.
+    """Make ``folder`` and keep other runs out of it.
 
     Raises InputError where one runs in it already or it holds other files, Error where it cannot be written.
     """
@@ -70,4 +70,4 @@ def claimed(folder: Path | None) -> Iterator[None]:
         with filelock.FileLock(folder / _LOCK, blocking=False):
             yield
     except filelock.Timeout as error:
-        raise InputError(f"{folder}: another measurement runs in it; wait for it or give another folder.") from error
+        raise InputError(f"{folder}: another run works in it; wait for it or give another folder.") from error

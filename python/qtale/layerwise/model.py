@@ -18,7 +18,7 @@ import numpy.typing as npt
 from qtale import names
 from qtale.checkpoint.folder import ModelFolder
 from qtale.errors import CheckpointError, UnsupportedError
-from qtale.importance.skeleton import build_skeleton, decoder_layers
+from qtale.layerwise.skeleton import build_skeleton, decoder_layers
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +31,13 @@ _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 class LayeredModel:
     """An opened model whose decoder layers are read from disk one by one.
 
-    Resident are the embedding matrix in its stored dtype, the final norm and at most one layer in float32.
+    ``verb`` names in errors what the model is run for. Resident are the embedding matrix in its stored dtype, the final
+    norm and at most one layer in float32.
     """
 
-    def __init__(self, folder: ModelFolder) -> None:
-        self.folder = folder
-        self._model: Any = build_skeleton(folder)
+    def __init__(self, folder: ModelFolder, verb: str = "measure") -> None:
+        self.folder, self._verb = folder, verb
+        self._model: Any = build_skeleton(folder, verb)
         self._prefix, layers = decoder_layers(self._model, folder)
         self._layers: list[Any] = list(layers)
         self._forwards: list[Callable[..., Any]] = [layer.forward for layer in self._layers]
@@ -88,7 +89,9 @@ class LayeredModel:
             raise CheckpointError(f"{self.folder.path}: lacks the tensor {name!r}.")
         dtype = self.folder.tensors[name].dtype
         if dtype not in _FLOATS:
-            raise UnsupportedError(f"{self.folder.path}: {name} has dtype {dtype}; measure takes {', '.join(_FLOATS)}.")
+            raise UnsupportedError(
+                f"{self.folder.path}: {name} has dtype {dtype}; {self._verb} takes {', '.join(_FLOATS)}."
+            )
         return self.folder.torch(name)
 
     def _float32(self, name: str, shape: torch.Size, place: str = "") -> torch.Tensor:
@@ -130,7 +133,7 @@ class LayeredModel:
         if others:
             raise UnsupportedError(
                 f"{self.folder.path}: {type(self._model).__name__} gives its layers more than hidden states, which "
-                "measure cannot follow; use a model built as Llama is."
+                f"{self._verb} cannot follow; use a model built as Llama is."
             )
         self._seen.append(arguments)
         if not is_first:

@@ -81,7 +81,7 @@ class FileStates:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise Error(
-                f"measure: hidden states cannot be written to {self._folder}: {error.strerror or error}; free some "
+                f"hidden states cannot be written to {self._folder}: {error.strerror or error}; free some "
                 "space, or set TMPDIR to a larger disk."
             ) from error
 
@@ -95,7 +95,7 @@ class FileStates:
         except OSError as error:
             raise CheckpointError(f"{self._path(name)}: cannot be read: {error.strerror or error}.") from error
         if values.size != count:
-            raise CheckpointError(f"{self._path(name)}: is truncated; remove {self._folder} and measure again.")
+            raise CheckpointError(f"{self._path(name)}: is truncated; remove {self._folder} and start again.")
         return torch.from_numpy(values).reshape(-1, length, hidden)
 
     def drop(self, name: str) -> None:
@@ -127,7 +127,7 @@ def _temporary(nbytes: int) -> Path:
     free = shutil.disk_usage(parent).free
     if nbytes > free:
         raise Error(
-            f"measure: the hidden states need {nbytes} bytes, but {parent} has {free} free; set TMPDIR to a larger "
+            f"the hidden states need {nbytes} bytes, but {parent} has {free} free; set TMPDIR to a larger "
             "disk, or take fewer or shorter sequences."
         )
-    return Path(tempfile.mkdtemp(prefix="qtale-measure-"))
+    return Path(tempfile.mkdtemp(prefix="qtale-states-"))
