@@ -101,7 +101,7 @@ def test_quantized_models_and_integer_weights(tmp_path: Path, model: Path) -> No
     quantized = save_model(tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(UnsupportedError, match="is quantized already; measure the dense model"):
+    with pytest.raises(UnsupportedError, match="is quantized already; take the dense model"):
         measure_tokens(quantized, some_tokens(), CHEAP, progress=False)
     path = edited(tmp_path / "integers", "model.layers.0.mlp.up_proj.weight", torch.zeros(96, 64, dtype=torch.int8))
     with pytest.raises(UnsupportedError, match=r"up_proj\.weight has dtype I8"):
