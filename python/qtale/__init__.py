@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from qtale.engine.engine import Engine, load
     from qtale.importance.options import MeasureOptions
     from qtale.integrations.measure import measure
+    from qtale.integrations.quantize import quantize
     from qtale.integrations.transformers import load_torch
     from qtale.planner.make import plan
-    from qtale.ptq.pipeline import quantize
+    from qtale.ptq.options import SolverOptions
     from qtale.report.inspect import inspect
 
 __version__ = "0.1.0"
@@ -28,7 +29,8 @@ _LAZY = {
     "deploy": "qtale.deployment.deploy",
     "Engine": "qtale.engine.engine",
     "load": "qtale.engine.engine",
-    "quantize": "qtale.ptq.pipeline",
+    "quantize": "qtale.integrations.quantize",
+    "SolverOptions": "qtale.ptq.options",
     "load_torch": "qtale.integrations.transformers",
     "measure": "qtale.integrations.measure",
     "MeasureOptions": "qtale.importance.options",
@@ -46,6 +48,7 @@ __all__ = [
     "MeasureOptions",
     "NetworkError",
     "QuantSpec",
+    "SolverOptions",
     "UnsupportedError",
     "demo",
     "deploy",

@@ -1,17 +1,19 @@
-"""Text files that appear whole or not at all, and JSON files of results with every mistake named."""
+"""Text files that appear whole or not at all, JSON files of results with every mistake named, checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from qtale.errors import Error, InputError
+from qtale.errors import CheckpointError, Error, InputError
 
 # Measurements with their token sets take some tens of MB.
 MAX_JSON_BYTES = 2 << 30
+_READ_BYTES = 1 << 20
 
 
 def read_json(path: Path, maker: str, most_bytes: int = MAX_JSON_BYTES, *, unique: bool = False) -> Any:
@@ -63,3 +65,15 @@ def write_whole(path: Path, text: str) -> None:
         if isinstance(error, OSError):
             raise Error(f"{path}: cannot be written: {error.strerror or error}.") from error
         raise
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file in hexadecimal digits; CheckpointError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_READ_BYTES):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    return digest.hexdigest()

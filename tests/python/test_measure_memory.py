@@ -78,7 +78,7 @@ def test_memory_is_that_of_one_layer_and_flat_in_depth(small: Path, tmp_path: Pa
     metrics = ",".join(DEFAULT_METRICS)
     shallow, deep = growth(small, *models, sequences=4, max_memory=1 << 30, metrics=metrics)
     # The layer, activations, pieces of the layer while its error is measured; the whole model has 16 layers.
-    assert LAYER_BYTES < shallow < 6 * LAYER_BYTES
+    assert LAYER_BYTES < shallow < 8 * LAYER_BYTES
     assert deep - shallow < 2 * LAYER_BYTES
 
 

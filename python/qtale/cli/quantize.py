@@ -8,6 +8,7 @@ import os
 import sys
 
 from qtale.errors import InputError
+from qtale.ptq.options import METHODS, RTN, SolverOptions
 
 NAME = "quantize"
 HELP = "write a quantized copy of a model as an ordinary HuggingFace folder"
@@ -29,15 +30,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="zero points; not every loader reads them",
     )
+    _add_method(parser)
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, from headers only")
     parser.add_argument("--all", action="store_true", help="a line for every layer")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=METHODS, default=RTN, help="how codes are found (default %(default)s)")
+    group = parser.add_argument_group("calibrated methods")
+    group.add_argument(
+        "--calibration",
+        default="bundled",
+        metavar="FILE|bundled|hub",
+        help="a UTF-8 text, the demo tasks' passages, or WikiText-2's training split (default %(default)s)",
+    )
+    group.add_argument("--num-samples", type=int, metavar="N", help="calibration sequences (default 128)")
+    group.add_argument("--seq-len", type=int, metavar="N", help="tokens in each (default 512)")
+    group.add_argument("--seed", type=int, metavar="N", help="what they are drawn with (default 0)")
+    group.add_argument(
+        "--act-order",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="round the columns of the largest inputs first (default: as the method has it)",
+    )
+    group.add_argument("--damp", type=float, metavar="F", help="share of the Hessian's mean diagonal (default 0.01)")
+    group.add_argument("--resume", metavar="DIR", help="keep all state there; a killed run goes on where it was")
+    group.add_argument("--max-memory", metavar="SIZE", help="hidden states in memory before files (default 1GiB)")
+
+
+def _options(args: argparse.Namespace) -> SolverOptions:
+    names = ("num_samples", "seq_len", "seed", "act_order", "damp")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.method == RTN and (given or args.resume is not None):
+        raise InputError(
+            "quantize: rounding to nearest looks at no data; leave calibration options out, or give --method auto."
+        )
+    return SolverOptions(args.method, **given)
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantize and print the report; returns 0."""
+    from qtale.integrations.quantize import MAX_MEMORY, quantize
     from qtale.integrations.scoring_model import model_folder, spec_of
-    from qtale.ptq.pipeline import quantize
+    from qtale.memory import parse_size
     from qtale.report.quantize import render
 
     given = [args.bits, args.group_size, args.symmetric]
@@ -51,7 +87,16 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("quantize: no output folder is given; add -o OUT, or --dry-run to see what would be done.")
     progress = sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     report = quantize(
-        model_folder(args.model), args.output, spec, plan=args.plan, dry_run=args.dry_run, progress=progress
+        model_folder(args.model),
+        args.output,
+        spec,
+        method=_options(args),
+        calibration=args.calibration,
+        plan=args.plan,
+        resume=args.resume,
+        max_memory=MAX_MEMORY if args.max_memory is None else parse_size(args.max_memory, "--max-memory"),
+        dry_run=args.dry_run,
+        progress=progress,
     )
     print(json.dumps(report.to_json()) if args.json else render(report, args.all))
     return 0

@@ -11,8 +11,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qtale.checkpoint import ModelFolder, fingerprint, open_folder
 from qtale.errors import InputError
 from qtale.importance.file import Importance
@@ -23,6 +21,7 @@ from qtale.importance.options import LOSS_METRICS, MeasureOptions
 from qtale.layerwise.journal import Journal, claimed
 from qtale.layerwise.model import LayeredModel
 from qtale.layerwise.states import States, open_states
+from qtale.layerwise.tokens import check_tokens, check_vocabulary
 
 _logger = logging.getLogger("qtale")
 MAX_MEMORY = 1 << 30
@@ -50,7 +49,7 @@ def measure_tokens(
     layer, and all metrics of the loss need the head in float32. Raises InputError for tokens or settings that do not
     fit the model, CheckpointError for broken weights, UnsupportedError for models that are not built as Llama is.
     """
-    tokens = check_tokens(tokens)
+    tokens = check_tokens(tokens, "measure")
     count, length = tokens.shape
     options = dataclasses.replace(options or MeasureOptions(), num_sequences=count, seq_len=length)
     folder = open_folder(model)
@@ -70,29 +69,8 @@ def measure_tokens(
     return dataclasses.replace(found, tokens=tokens[: options.loss_sequences].tolist())
 
 
-def check_tokens(tokens: Any) -> Tokens:
-    """Token numbers as int64 [sequences, length]; InputError for none, ragged, short or negative ones."""
-    rows = [np.asarray(row) for row in tokens]
-    if not rows:
-        raise InputError("measure: no calibration sequence is given; at least one is needed.")
-    length = rows[0].shape[-1] if rows[0].ndim else 0
-    for number, row in enumerate(rows):
-        if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-            raise InputError(f"measure: sequence {number} must be a row of whole token numbers.")
-        if len(row) != length or length < 2:
-            raise InputError(
-                f"measure: sequence {number} has {len(row)} tokens; all must have the same number, at least 2, "
-                f"and the first has {length}."
-            )
-    return np.stack(rows).astype(np.int64)
-
-
 def _check_fit(tokens: Tokens, options: MeasureOptions, layered: LayeredModel) -> None:
-    if tokens.min() < 0 or tokens.max() >= layered.vocab_size:
-        raise InputError(
-            f"measure: token numbers reach from {tokens.min()} to {tokens.max()}, but the model has "
-            f"{layered.vocab_size} tokens; take the tokenizer of this model."
-        )
+    check_vocabulary(tokens, layered.vocab_size, "measure")
     if "jaccard" in options.metrics and options.top_k > layered.vocab_size:
         raise InputError(
             f"measure: top_k {options.top_k} is more than the {layered.vocab_size} tokens of the vocabulary; take less."

@@ -47,8 +47,8 @@ def calibrate(folder: Path, source: str | Path, num_sequences: int, seq_len: int
     windows = len(ids) // seq_len
     if windows < num_sequences:
         raise InputError(
-            f"measure: {source} has {len(ids)} tokens, but {num_sequences} sequences of {seq_len} need {wanted}; take "
-            "a longer text, or fewer or shorter sequences."
+            f"calibration: {source} has {len(ids)} tokens, but {num_sequences} sequences of {seq_len} need {wanted}; "
+            "take a longer text, or fewer or shorter sequences."
         )
     chosen = np.sort(order.permutation(windows)[:num_sequences])
     tokens = np.array(ids[: windows * seq_len], np.int64).reshape(windows, seq_len)[chosen]
@@ -105,7 +105,7 @@ def _from_hub() -> list[str]:
         rows = datasets.load_dataset(*_HUB_SET, split="train")
     except (OSError, ValueError) as error:
         raise NetworkError(
-            f"measure: the hub does not give {_HUB_SET[0]} ({error}); use the calibration 'bundled', which needs no "
-            "hub, or a text file."
+            f"calibration: the hub does not give {_HUB_SET[0]} ({error}); use the calibration 'bundled', which needs "
+            "no hub, or a text file."
         ) from error
     return [text for text in rows["text"] if text.strip()]

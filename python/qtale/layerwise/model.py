@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Layer = Callable[["torch.Tensor"], "torch.Tensor"]
 
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class LayeredModel:
@@ -79,7 +79,7 @@ class LayeredModel:
     def scale_dtype(self) -> str:
         """The dtype in which quantization scales of this model are kept: that of its stored weights."""
         kind = next(info.dtype for info in self.folder.tensors.values() if info.name.startswith(f"{self._prefix}."))
-        return _FLOATS.get(kind, "float32")
+        return FLOATS.get(kind, "float32")
 
     def _name_of(self, module: Any) -> str:
         return next(f"{name}.weight" for name, found in self._model.named_modules() if found is module)
@@ -88,9 +88,9 @@ class LayeredModel:
         if name not in self.folder.tensors:
             raise CheckpointError(f"{self.folder.path}: lacks the tensor {name!r}.")
         dtype = self.folder.tensors[name].dtype
-        if dtype not in _FLOATS:
+        if dtype not in FLOATS:
             raise UnsupportedError(
-                f"{self.folder.path}: {name} has dtype {dtype}; {self._verb} takes {', '.join(_FLOATS)}."
+                f"{self.folder.path}: {name} has dtype {dtype}; {self._verb} takes {', '.join(FLOATS)}."
             )
         return self.folder.torch(name)
 
@@ -197,6 +197,10 @@ class LayeredModel:
             for name, shape in shapes.items():
                 _set(module, name, torch.empty(shape, device="meta"))
             _release_free_memory()
+
+    def parts(self, index: int) -> dict[str, torch.nn.Module]:
+        """The modules inside layer ``index`` by full name; they hold weights while the layer is read."""
+        return {f"{self._prefix}.{index}.{name}": part for name, part in self._layers[index].named_modules() if name}
 
     def linears(self, index: int) -> dict[str, torch.nn.Parameter]:
         """The weights [out, in] of layer ``index`` that quantization would take, by module name."""

@@ -10,9 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from qtale.errors import CheckpointError, Error
+from qtale.files import checksum
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +30,9 @@ class States(Protocol):
 
     def drop(self, name: str) -> None:
         """Forget an array, whether it exists or not."""
+
+    def seal(self, name: str) -> str:
+        """A checksum of an array that a later run can compare; empty where no later run finds it."""
 
 
 class MemoryStates:
@@ -58,6 +60,9 @@ class MemoryStates:
 
     def drop(self, name: str) -> None:
         self._pieces.pop(name, None)
+
+    def seal(self, name: str) -> str:
+        return ""
 
 
 class FileStates:
@@ -89,17 +94,23 @@ class FileStates:
         import torch
 
         length, hidden = self._row_shape
-        row, count = length * hidden, (stop - start) * length * hidden
+        # Memory of torch is aligned for its kernels, so that products are the same bits as with states in memory.
+        values = torch.empty(stop - start, length, hidden)
         try:
-            values = np.fromfile(self._path(name), np.float32, count, offset=start * row * 4)
+            with self._path(name).open("rb") as file:
+                file.seek(start * length * hidden * 4)
+                count = file.readinto(values.numpy().data.cast("B"))
         except OSError as error:
             raise CheckpointError(f"{self._path(name)}: cannot be read: {error.strerror or error}.") from error
-        if values.size != count:
+        if count != values.nbytes:
             raise CheckpointError(f"{self._path(name)}: is truncated; remove {self._folder} and start again.")
-        return torch.from_numpy(values).reshape(-1, length, hidden)
+        return values
 
     def drop(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
+
+    def seal(self, name: str) -> str:
+        return checksum(self._path(name))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from qtale.checkpoint.writer import ShardWriter, TensorShape
 from qtale.errors import CheckpointError, InputError
 from qtale.format.config import build_config
 from qtale.format.tensors import packed_layout, packed_tensors
+from qtale.ptq.calibrated import MAX_MEMORY, solve_layers
+from qtale.ptq.options import SolverOptions
+from qtale.ptq.solved import SolvedTensors
 from qtale.ptq.worklist import LayerRow, Overrides, QuantizeReport, Worklist, build_report, list_work, planned_overrides
 from qtale.spec import QuantSpec
 
@@ -38,16 +42,23 @@ def quantize(
     *,
     plan: Plan | str | Path | None = None,
     overrides: Overrides | None = None,
+    options: SolverOptions | None = None,
+    tokens: Any = None,
+    resume: str | Path | None = None,
+    max_memory: int = MAX_MEMORY,
     dry_run: bool = False,
     progress: bool = True,
 ) -> QuantizeReport:
-    """Quantize the Linear layers of a model's decoder blocks by rounding to nearest and write a new HF folder.
+    """Quantize the Linear layers of a model's decoder blocks and write a new HF folder.
 
     ``model`` is a folder or a hub name, ``out`` a folder that does not exist yet (None in a dry run), ``spec`` what
     every layer gets (default 4 bits, symmetric, automatic groups). ``plan`` (a plan or its file) gives each layer bits
-    of its own instead. ``overrides`` maps exact module names to specs of their own, None leaving a layer dense. A dry
-    run reads headers only and writes nothing. Peak memory is about the largest matrix; each input shard becomes one
-    output shard of the same name, and ``out`` appears at the end, whole.
+    of its own instead. ``overrides`` maps exact module names to specs of their own, None leaving a layer dense.
+    ``options`` names the method, by default rounding to nearest; all others are calibrated with ``tokens``, token
+    numbers [sequences, length], and take ``resume`` and ``max_memory`` as :func:`qtale.ptq.solve_layers` does. A head
+    is always rounded to nearest. A dry run reads headers only and writes nothing. Peak memory is about the largest
+    matrix when rounding, else one layer in float32; each input shard becomes one output shard of the same name, and
+    ``out`` appears at the end, whole.
 
     Raises InputError (output exists, group size does not divide, bad overrides, a plan for another model, a plan beside
     a spec or overrides), CheckpointError (broken files, NaN or
@@ -68,10 +79,25 @@ def quantize(
         _logger.warning("left dense, not known as Linear layers: %s", _shortened(work.left_dense))
     if dry_run or out is None:
         return report
-    with output_folder(out, report.bytes_after + _MARGIN_BYTES) as target:
-        rows = _write_shards(folder, work, target, progress)
+    with ExitStack() as stack:
+        solved = None
+        if options is not None and options.calibrated:
+            blocks = {name: row for name, row in work.rows.items() if names.block_index(f"{name}.") is not None}
+            settings: dict[str, Any] = {"resume": resume, "max_memory": max_memory, "progress": progress}
+            found = stack.enter_context(solve_layers(folder, blocks, options, tokens, **settings))
+            solved = Solution(stack.enter_context(found.layers.reading(found.count)), found.found)
+        target = stack.enter_context(output_folder(out, report.bytes_after + _MARGIN_BYTES))
+        rows = _write_shards(folder, work, target, progress, solved)
         _write_small_files(folder, work, target)
     return dataclasses.replace(report, layers=rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What a calibrated method found: tensors as they are to be stored, and what is known of every matrix."""
+
+    tensors: SolvedTensors
+    found: Mapping[str, Mapping[str, float]]
 
 
 def _read_plan(plan: Plan | str | Path) -> Plan:
@@ -80,7 +106,9 @@ def _read_plan(plan: Plan | str | Path) -> Plan:
     return plan if isinstance(plan, Plan) else Plan.read(plan)
 
 
-def _write_shards(folder: ModelFolder, work: Worklist, target: Path, progress: bool) -> tuple[LayerRow, ...]:
+def _write_shards(
+    folder: ModelFolder, work: Worklist, target: Path, progress: bool, solved: Solution | None
+) -> tuple[LayerRow, ...]:
     from tqdm.auto import tqdm
 
     rows: list[LayerRow] = []
@@ -90,8 +118,12 @@ def _write_shards(folder: ModelFolder, work: Worklist, target: Path, progress: b
             with ShardWriter(target / shard.path.name, _output_tensors(shard, work), metadata) as writer:
                 for info in shard.tensors.values():
                     row = work.rows.get(_quantized_module(info, work))
-                    if row is None:
+                    if row is None and solved is not None and info.name in solved.tensors:
+                        writer.write(info.name, solved.tensors[info.name])
+                    elif row is None:
                         writer.copy(shard, info)
+                    elif solved is not None and row.name in solved.found:
+                        rows.append(_copy_layer(folder, row, writer, solved))
                     else:
                         rows.append(_quantize_layer(folder, shard, row, writer))
                         bar.set_postfix_str(f"{row.name} error {rows[-1].error:.4f}")
@@ -110,6 +142,13 @@ def _quantize_layer(folder: ModelFolder, shard: Shard, row: LayerRow, writer: Sh
     for name, tensor in packed_tensors(row.name, *quantized, row.num_bits).items():
         writer.write(name, tensor)
     return dataclasses.replace(row, error=relative_error(weight, quantized))
+
+
+def _copy_layer(folder: ModelFolder, row: LayerRow, writer: ShardWriter, solved: Solution) -> LayerRow:
+    for tensor in packed_layout(row.name, row.shape, row.spec, row.dtype).values():
+        writer.write(tensor.name, solved.tensors[tensor.name])
+    known: dict[str, Any] = dict(solved.found[row.name])
+    return dataclasses.replace(row, **known)
 
 
 def _quantized_module(info: TensorInfo, work: Worklist) -> str:

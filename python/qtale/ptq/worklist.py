@@ -33,7 +33,9 @@ Overrides = Mapping[str, QuantSpec | None]
 class LayerRow:
     """One quantized matrix: ``shape`` is [out, in], ``group_size`` 0 means one scale per output row.
 
-    ``error`` is |ŵ - w| / |w| (Frobenius norms), None in a dry run.
+    ``error`` is |ŵ - w| / |w| (Frobenius norms), None in a dry run and for calibrated methods, which have instead:
+    ``output_error``, the mean of |(ŵ - w) x|² over that of |w x|² for the calibration inputs x, beside
+    ``rtn_output_error``, that of rounding to nearest, and the ``seconds`` that solving took.
     """
 
     name: str
@@ -45,6 +47,9 @@ class LayerRow:
     bytes_before: int
     bytes_after: int
     error: float | None = None
+    output_error: float | None = None
+    rtn_output_error: float | None = None
+    seconds: float | None = None
 
     @property
     def spec(self) -> ResolvedSpec:

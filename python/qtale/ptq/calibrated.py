@@ -1,0 +1,153 @@
+"""Calibrated quantization of a model's decoder layers: one layer in memory at a time, resumable after every layer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtale.checkpoint.folder import ModelFolder
+from qtale.checkpoint.identity import fingerprint
+from qtale.layerwise.journal import Journal, claimed
+from qtale.layerwise.model import LayeredModel
+from qtale.layerwise.states import States, open_states
+from qtale.layerwise.tokens import Tokens, check_vocabulary
+from qtale.ptq.layer import LayerSolver
+from qtale.ptq.options import SolverOptions
+from qtale.ptq.recipe import recipe_of
+from qtale.ptq.solved import SolvedLayers
+from qtale.ptq.streams import DENSE, QUANTIZED, Streams
+from qtale.ptq.worklist import LayerRow
+
+_logger = logging.getLogger("qtale")
+MAX_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Finished layers: their files, how many, and the errors and seconds of every matrix by module name."""
+
+    layers: SolvedLayers
+    count: int
+    found: Mapping[str, Mapping[str, float]]
+
+
+@contextmanager
+def solve_layers(
+    folder: ModelFolder,
+    rows: Mapping[str, LayerRow],
+    options: SolverOptions,
+    tokens: Tokens,
+    *,
+    resume: str | Path | None = None,
+    max_memory: int = MAX_MEMORY,
+    progress: bool = True,
+) -> Iterator[Calibrated]:
+    """Solve the matrices ``rows`` on calibration ``tokens`` [sequences, length] and yield the finished layers.
+
+    With ``resume``, a folder, layers and hidden states lie there and a run that was killed goes on with the layer it
+    was in; otherwise hidden states of more than ``max_memory`` bytes lie in temporary files. Raises InputError for
+    tokens the model does not have and for a folder of another run, CheckpointError for broken weights or files.
+    """
+    where = None if resume is None else Path(resume).expanduser()
+    with ExitStack() as stack:
+        model = stack.enter_context(closing(LayeredModel(folder, "quantize")))
+        check_vocabulary(tokens, model.vocab_size, "quantize")
+        stack.enter_context(claimed(where))
+        journal = Journal(where, _key(folder, rows, options, tokens))
+        recipes = [recipe_of(options, row.spec) for row in rows.values()]
+        beside = any(recipe.feedback or recipe.even or recipe.awq for recipe in recipes)
+        kinds = (QUANTIZED, DENSE) if beside else (QUANTIZED,)
+        nbytes = 2 * len(kinds) * tokens.size * model.hidden_size * 4
+        states = stack.enter_context(open_states(where, (tokens.shape[1], model.hidden_size), nbytes, max_memory))
+        layers = SolvedLayers(where or stack.enter_context(_temporary()))
+        run = _Run(model, states, Streams(model, states, tokens, kinds), rows, options, journal, layers)
+        found = run.run(progress)
+        yield Calibrated(layers, model.num_layers, found)
+
+
+def _key(folder: ModelFolder, rows: Mapping[str, LayerRow], options: SolverOptions, tokens: Tokens) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that was killed, by the name that an error gives it."""
+    specs = [[name, row.num_bits, row.group_size, row.symmetric] for name, row in sorted(rows.items())]
+    return {
+        "model": fingerprint(folder),
+        "calibration": hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+        "bits and groups": specs,
+        **options.to_json(),
+    }
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="qtale-layers-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass
+class _Run:
+    model: LayeredModel
+    states: States
+    streams: Streams
+    rows: Mapping[str, LayerRow]
+    options: SolverOptions
+    journal: Journal
+    layers: SolvedLayers
+
+    def run(self, progress: bool) -> dict[str, Mapping[str, float]]:
+        """Solve the layers that the journal lacks; returns what is known of every matrix."""
+        from tqdm.auto import tqdm
+
+        done = self._continue()
+        total, sequences = self.model.num_layers, len(self.streams.tokens)
+        with tqdm(
+            total=total * sequences, initial=done * sequences, desc="solve", unit="layer·seq", disable=not progress
+        ) as bar:
+            for index in range(done, total):
+                self._solve(index, bar)
+        self.streams.drop(total)
+        return {name: found for layer in self.journal.entries["layers"] for name, found in layer["found"].items()}
+
+    def _continue(self) -> int:
+        """The number of finished layers, their files and the states behind them checked."""
+        entries = self.journal.entries
+        if "layers" not in entries:
+            self.streams.embed()
+            self.journal.save("states", self.streams.seals(0))
+            self.journal.save("layers", [])
+        layers = entries["layers"]
+        for index, layer in enumerate(layers):
+            self.layers.check(index, layer["file"])
+            self.streams.drop(index)
+        if len(layers) < self.model.num_layers:
+            expected = layers[-1]["states"] if layers else entries["states"]
+            self.streams.check(len(layers), expected)
+        return len(layers)
+
+    def _solve(self, index: int, bar: Any) -> None:
+        with self.model.layer(index) as layer:
+            solver = LayerSolver(self.model, self.streams, index, layer, self.rows, self.options)
+            solver.run(bar.update)
+        entry = {
+            "file": self.layers.write(index, solver.tensors),
+            "states": self.streams.seals(index + 1),
+            "found": solver.found,
+        }
+        self.journal.save("layers", [*self.journal.entries["layers"], entry])
+        # What went into the layer is needed to repeat it, so it goes only when the result is on the disk.
+        self.streams.drop(index)
+        if solver.found:
+            worst = max(solver.found, key=lambda name: solver.found[name]["output_error"])
+            bar.set_postfix_str(f"layer {index}: worst {worst.rpartition('.')[2]} {_change(solver.found[worst])}")
+
+
+def _change(found: Mapping[str, float]) -> str:
+    return f"{found['rtn_output_error']:.2e} → {found['output_error']:.2e}"

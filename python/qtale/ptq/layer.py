@@ -1,0 +1,130 @@
+"""One decoder layer of a calibrated quantization: stage by stage, each with inputs of what is quantized already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qtale.format.tensors import packed_tensors
+from qtale.layerwise.model import FLOATS
+from qtale.ptq.awq import scale_inputs
+from qtale.ptq.matrix import inverse_factor, restored, solve_matrix
+from qtale.ptq.moments import Moments
+from qtale.ptq.options import SolverOptions
+from qtale.ptq.recipe import Recipe, recipe_of
+from qtale.ptq.stages import Stage, find_stages, rows_entering
+from qtale.ptq.streams import DENSE, QUANTIZED, Streams
+from qtale.ptq.weights import LayerWeights
+from qtale.ptq.worklist import LayerRow
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qtale.layerwise.model import Layer, LayeredModel
+
+# Keeps tokens of almost no energy from counting without bounds.
+_LEAST_ENERGY = 1e-3
+
+
+@dataclass
+class LayerSolver:
+    """Solves layer ``index``, whose function is ``layer``, and holds what will be stored of it in ``tensors``.
+
+    ``rows`` are the matrices to be quantized by module name; ``found`` gets the errors and seconds of each.
+    """
+
+    model: LayeredModel
+    streams: Streams
+    index: int
+    layer: Layer
+    rows: Mapping[str, LayerRow]
+    options: SolverOptions
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    found: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parts: dict[str, nn.Module] = self.model.parts(self.index)
+        parameters = self.model.linears(self.index)
+        linears = {name: self.parts[name] for name in parameters}
+        self.weights = LayerWeights(parameters)
+        sample = self.streams.read(QUANTIZED, self.index, 0, 1)
+        self.stages = find_stages(self.parts, linears, self.layer, sample)
+
+    def run(self, done: Callable[[int], object]) -> None:
+        """Solve every stage and write the streams before the next layer; ``done`` is told sequences as they finish."""
+        if any(self._recipe(stage).awq for stage in self.stages if self._solved(stage)):
+            self.tensors |= scale_inputs(self)
+        for stage in self.stages:
+            if self._solved(stage):
+                self._solve(stage)
+        self.streams.advance(QUANTIZED, self.index, self.layer, done)
+        if DENSE in self.streams.kinds:
+            with self.weights.using(DENSE):
+                self.streams.advance(DENSE, self.index, self.layer, lambda _: None)
+
+    def _solved(self, stage: Stage) -> list[str]:
+        return [name for name in stage.modules if name in self.rows]
+
+    def _recipe(self, stage: Stage) -> Recipe:
+        return recipe_of(self.options, self.rows[self._solved(stage)[0]].spec)
+
+    def _solve(self, stage: Stage) -> None:
+        started, names, recipe = time.monotonic(), self._solved(stage), self._recipe(stage)
+        moments = self.moments(stage, recipe)
+        hessian = moments.hessian()
+        targets = {name: self._target(name, hessian, moments, recipe) for name in names}
+        for name in names:
+            self._solve_matrix(name, targets[name], hessian, recipe)
+            now = time.monotonic()
+            self.found[name]["seconds"] = now - started
+            started = now
+
+    def _target(self, name: str, hessian: torch.Tensor, moments: Moments, recipe: Recipe) -> torch.Tensor:
+        """The weight that gives, on inputs as they are now, what the dense model gives on its own."""
+        weight = self.weights.dense(name)
+        shift = moments.shift(weight)
+        if shift is None:
+            return weight
+        factor = inverse_factor(name, hessian, None, recipe.damp)
+        return weight + (shift @ factor.T) @ factor
+
+    def _solve_matrix(self, name: str, target: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> None:
+        import torch
+
+        row = self.rows[name]
+        dtype = getattr(torch, FLOATS[row.dtype])
+        solved = solve_matrix(name, self.weights.dense(name), target, hessian, row.spec, dtype, recipe)
+        self.weights.set_quantized(name, restored(solved.quantized))
+        packed: Any = packed_tensors(name, *solved.quantized, row.num_bits)
+        self.tensors |= {key: torch.as_tensor(value) for key, value in packed.items()}
+        self.found[name] = {"output_error": solved.error, "rtn_output_error": solved.rtn_error}
+
+    def moments(self, stage: Stage, recipe: Recipe, kind: str = QUANTIZED) -> Moments:
+        """Sums over all calibration tokens of what enters a stage, in the model quantized so far or the dense one."""
+        size = self.weights.dense(stage.modules[0]).shape[1]
+        moments = Moments(size)
+        for start, stop in self.streams.ranges():
+            rows, stream = self._rows(kind, stage, start, stop)
+            if kind == DENSE or not (recipe.feedback or recipe.even):
+                moments.add(rows)
+                continue
+            dense, dense_stream = self._rows(DENSE, stage, start, stop)
+            weight = self._even(stage, dense, dense_stream) if recipe.even and dense_stream is not None else None
+            moments.add(rows, weight)
+            if recipe.feedback:
+                pair = None if stream is None or dense_stream is None else (stream, dense_stream)
+                moments.add_dense(rows, dense, pair, weight)
+        return moments
+
+    def _rows(self, kind: str, stage: Stage, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden = self.streams.read(kind, self.index, start, stop)
+        with self.weights.using(kind):
+            return rows_entering(self.parts, stage, self.layer, hidden)
+
+    def _even(self, stage: Stage, rows: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+        """The inverse energy of every token in the dense residual stream behind a stage: what norms divide by."""
+        after = stream + rows @ self.weights.dense(stage.modules[0]).T
+        return 1 / (after.square().mean(1) + _LEAST_ENERGY)

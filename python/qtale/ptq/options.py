@@ -1,0 +1,59 @@
+"""How the codes of a quantized matrix are found: plain settings, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from qtale.errors import InputError
+
+RTN, AUTO = "rtn", "auto"
+METHODS = (RTN, "gptq", "awq", "magr+gptq", "magr+rtn", AUTO)
+# Orders and dampings of the published settings; see the table in benchmarks/README.md for what each is worth.
+_COUNTS = (("num_samples", 1), ("seq_len", 2), ("seed", 0), ("magr_iterations", 1), ("awq_steps", 2))
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Settings of a calibrated quantization; every one of them is part of what a resumed run must repeat.
+
+    * ``method``: one of ``METHODS``; "rtn" needs no calibration, "auto" is the recipe that measured best for the bits.
+    * ``num_samples`` sequences of ``seq_len`` tokens are drawn from the calibration text with ``seed``.
+    * ``act_order``: columns are rounded in the order of falling input energy (GPTQ's act-order); scales belong to the
+      groups of the original order, so that it costs nothing later. None leaves it to the method.
+    * ``damp``: share of the mean of the Hessian's diagonal that is added to it.
+    * ``magr_alpha`` (None: 1e-3 per channel, 1e-4 in groups), ``magr_iterations``: MagR's penalty and number of steps.
+    * ``awq_steps``: points of AWQ's grid of exponents between 0 and 1.
+    """
+
+    method: str = RTN
+    num_samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    act_order: bool | None = None
+    damp: float = 0.01
+    magr_alpha: float | None = None
+    magr_iterations: int = 150
+    awq_steps: int = 20
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"quantize: method {self.method!r} is not known; use one of {', '.join(METHODS)}.")
+        for name, least in _COUNTS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"quantize: {name} {value!r} must be a whole number of at least {least}.")
+        if not 0 < self.damp <= 1:
+            raise InputError(f"quantize: damp {self.damp!r} must be above 0 and at most 1; 0.01 is the default.")
+        if self.magr_alpha is not None and not 0 < self.magr_alpha < 1:
+            raise InputError(f"quantize: magr_alpha {self.magr_alpha!r} must lie between 0 and 1; None is the default.")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at activations."""
+        return self.method != RTN
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of all settings."""
+        return dataclasses.asdict(self)
