@@ -36,5 +36,6 @@ void register_decoder_rows(pybind11::module_& module);
 void register_decoder_ops(pybind11::module_& module);
 void register_limits(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
+void register_solve(pybind11::module_& module);
 
 }  // namespace qtale::bindings

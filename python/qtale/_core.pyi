@@ -40,6 +40,49 @@ def attention(
     scale: float,
     out: Memory,
 ) -> None: ...
+def gptq(
+    weight: Memory,
+    factor: Memory,
+    order: Memory | None,
+    num_bits: int,
+    scale: Memory,
+    zero_point: Memory | None,
+    static_scales: bool,
+    codes: Memory,
+    loss: Memory | None,
+    search: tuple[int, float],
+    importance: Memory | None,
+) -> None: ...
+def search_scales(
+    weight: Memory,
+    importance: Memory,
+    num_bits: int,
+    scale: Memory,
+    zero_point: Memory | None,
+    search: tuple[int, float],
+) -> None: ...
+def refine_codes(
+    weight: Memory,
+    hessian: Memory,
+    num_bits: int,
+    scale: Memory,
+    zero_point: Memory | None,
+    order: Memory | None,
+    sweeps: int,
+    codes: Memory,
+) -> int: ...
+def prox_linf(values: Memory, group_size: int, step: float, out: Memory) -> None: ...
+def project_l1(values: Memory, group_size: int, radius: float, out: Memory) -> None: ...
+def rounding_loss(
+    weight: Memory,
+    hessian: Memory,
+    column_scale: Memory | None,
+    num_bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
+) -> float: ...
+def accumulate_gram(x: Memory, row_weight: Memory | None, gram: Memory) -> None: ...
 def reader_names() -> list[str]: ...
 def read_seconds(buffers: list[Memory], reader: int) -> float: ...
 def copy_seconds(source: Memory, target: Memory) -> float: ...

@@ -25,11 +25,11 @@ def _optional(array: Array | None) -> Any:
     return None if array is None else memory(array)
 
 
-def group_count(in_features: int, group_size: int) -> int:
+def group_count(in_features: int, group_size: int, op: str = "quantize") -> int:
     """Scales per output row; raises InputError where ``group_size`` does not divide in_features."""
     if group_size < 0 or (group_size and in_features % group_size):
         raise InputError(
-            f"quantize: group_size {group_size} does not divide in_features {in_features}; use a divisor, or 0."
+            f"{op}: group_size {group_size} does not divide in_features {in_features}; use a divisor, or 0."
         )
     return max(1, in_features // group_size) if group_size else 1
 

@@ -13,7 +13,7 @@ ROOT = Path(qtale.__file__).parent
 # The package itself only re-exports, lazily; it belongs to no level.
 LEVELS = (
     {"errors", "files", "spec", "names"},
-    {"_core", "tensors", "kernels", "ops", "torch_library", "torch_ops", "torch_dense"},
+    {"_core", "tensors", "kernels", "ops", "solve", "torch_library", "torch_ops", "torch_dense"},
     {"checkpoint", "format", "layerwise", "nn"},
     {"importance", "planner", "memory", "ptq", "routing", "qat"},
     {"engine"},

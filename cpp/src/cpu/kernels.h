@@ -133,6 +133,8 @@ using JaccardKernel = double (*)(const std::int32_t* a, std::int64_t a_size, con
 double jaccard_by_sorting(const std::int32_t* a, std::int64_t a_size, const std::int32_t* b, std::int64_t b_size,
                           std::int32_t* scratch);
 
+struct SolveKernels;  // cpu/solve.h
+
 struct KernelTable {
   const char* name;
   int panel_rows;
@@ -148,6 +150,7 @@ struct KernelTable {
   void (*compact_rows)(const CompactArgs&, std::int64_t begin, std::int64_t end);
   void (*scatter_add_rows)(const ScatterArgs&, std::int64_t begin, std::int64_t end);
   const DecoderKernels* decoder;
+  const SolveKernels* solve;
 };
 
 // Scalar: the specification of every kernel and the oracle of the tests. Reads the 16-row layout.

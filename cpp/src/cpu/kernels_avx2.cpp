@@ -5,6 +5,7 @@
 #include "cpu/project.inl"
 #include "cpu/quantize.inl"
 #include "cpu/routed_rows.inl"
+#include "cpu/solve.h"
 
 namespace qtale::cpu {
 
@@ -21,6 +22,7 @@ const KernelTable avx2_table = {
     compact,
     scatter_add,
     &avx2_decoder_table,
+    &avx2_solve_table,
 };
 
 }  // namespace qtale::cpu

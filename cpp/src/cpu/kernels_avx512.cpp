@@ -6,6 +6,7 @@
 #include "cpu/project.inl"
 #include "cpu/quantize.inl"
 #include "cpu/routed_rows.inl"
+#include "cpu/solve.h"
 
 namespace qtale::cpu {
 
@@ -22,6 +23,7 @@ const KernelTable avx512_table = {
     compact,
     scatter_add,
     &avx512_decoder_table,
+    &avx512_solve_table,
 };
 
 }  // namespace qtale::cpu

@@ -5,6 +5,7 @@
 #include "cpu/project.inl"
 #include "cpu/quantize.inl"
 #include "cpu/routed_rows.inl"
+#include "cpu/solve.h"
 
 namespace qtale::cpu {
 
@@ -21,6 +22,7 @@ const KernelTable generic_table = {
     compact,
     scatter_add,
     &generic_decoder_table,
+    &generic_solve_table,
 };
 
 }  // namespace qtale::cpu

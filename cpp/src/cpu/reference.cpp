@@ -6,6 +6,7 @@
 
 #include "core/half.h"
 #include "cpu/kernels.h"
+#include "cpu/solve.h"
 #include "cpu/topk.h"
 
 namespace qtale::cpu {
@@ -237,6 +238,7 @@ const KernelTable reference_table = {
     compact,
     scatter_add,
     &reference_decoder_table,
+    &reference_solve_table,
 };
 
 }  // namespace qtale::cpu
