@@ -62,7 +62,7 @@ def solve_layers(
         stack.enter_context(claimed(where))
         journal = Journal(where, _key(folder, rows, options, tokens))
         recipes = [recipe_of(options, row.spec) for row in rows.values()]
-        beside = any(recipe.feedback or recipe.even or recipe.awq for recipe in recipes)
+        beside = any(recipe.awq for recipe in recipes)
         kinds = (QUANTIZED, DENSE) if beside else (QUANTIZED,)
         nbytes = 2 * len(kinds) * tokens.size * model.hidden_size * 4
         states = stack.enter_context(open_states(where, (tokens.shape[1], model.hidden_size), nbytes, max_memory))

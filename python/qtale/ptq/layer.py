@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qtale.format.tensors import packed_tensors
 from qtale.layerwise.model import FLOATS
 from qtale.ptq.awq import scale_inputs
-from qtale.ptq.matrix import inverse_factor, restored, solve_matrix
+from qtale.ptq.matrix import restored, solve_matrix
 from qtale.ptq.moments import Moments
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import Recipe, recipe_of
@@ -73,30 +73,19 @@ class LayerSolver:
 
     def _solve(self, stage: Stage) -> None:
         started, names, recipe = time.monotonic(), self._solved(stage), self._recipe(stage)
-        moments = self.moments(stage, recipe)
-        hessian = moments.hessian()
-        targets = {name: self._target(name, hessian, moments, recipe) for name in names}
+        hessian = self.moments(stage, recipe).hessian()
         for name in names:
-            self._solve_matrix(name, targets[name], hessian, recipe)
+            self._solve_matrix(name, hessian, recipe)
             now = time.monotonic()
             self.found[name]["seconds"] = now - started
             started = now
 
-    def _target(self, name: str, hessian: torch.Tensor, moments: Moments, recipe: Recipe) -> torch.Tensor:
-        """The weight that gives, on inputs as they are now, what the dense model gives on its own."""
-        weight = self.weights.dense(name)
-        shift = moments.shift(weight)
-        if shift is None:
-            return weight
-        factor = inverse_factor(name, hessian, None, recipe.damp)
-        return weight + (shift @ factor.T) @ factor
-
-    def _solve_matrix(self, name: str, target: torch.Tensor, hessian: torch.Tensor, recipe: Recipe) -> None:
+    def _solve_matrix(self, name: str, hessian: torch.Tensor, recipe: Recipe) -> None:
         import torch
 
         row = self.rows[name]
         dtype = getattr(torch, FLOATS[row.dtype])
-        solved = solve_matrix(name, self.weights.dense(name), target, hessian, row.spec, dtype, recipe)
+        solved = solve_matrix(name, self.weights.dense(name), hessian, row.spec, dtype, recipe)
         self.weights.set_quantized(name, restored(solved.quantized))
         packed: Any = packed_tensors(name, *solved.quantized, row.num_bits)
         self.tensors |= {key: torch.as_tensor(value) for key, value in packed.items()}
@@ -108,15 +97,8 @@ class LayerSolver:
         moments = Moments(size)
         for start, stop in self.streams.ranges():
             rows, stream = self._rows(kind, stage, start, stop)
-            if kind == DENSE or not (recipe.feedback or recipe.even):
-                moments.add(rows)
-                continue
-            dense, dense_stream = self._rows(DENSE, stage, start, stop)
-            weight = self._even(stage, dense, dense_stream) if recipe.even and dense_stream is not None else None
+            weight = self._even(stage, rows, stream) if recipe.even and stream is not None else None
             moments.add(rows, weight)
-            if recipe.feedback:
-                pair = None if stream is None or dense_stream is None else (stream, dense_stream)
-                moments.add_dense(rows, dense, pair, weight)
         return moments
 
     def _rows(self, kind: str, stage: Stage, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -125,6 +107,6 @@ class LayerSolver:
             return rows_entering(self.parts, stage, self.layer, hidden)
 
     def _even(self, stage: Stage, rows: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        """The inverse energy of every token in the dense residual stream behind a stage: what norms divide by."""
+        """The inverse energy of every token in the residual stream behind a stage: what norms divide by."""
         after = stream + rows @ self.weights.dense(stage.modules[0]).T
         return 1 / (after.square().mean(1) + _LEAST_ENERGY)

@@ -38,13 +38,12 @@ class Solved:
 def solve_matrix(
     name: str,
     weight: torch.Tensor,
-    target: torch.Tensor,
     hessian: torch.Tensor,
     spec: ResolvedSpec,
     scale_dtype: torch.dtype,
     recipe: Recipe,
 ) -> Solved:
-    """Quantize ``weight`` [out, in] float32 so that its products come near those of ``target`` [out, in].
+    """Quantize ``weight`` [out, in] float32 so that its products with the calibration inputs change least.
 
     ``hessian`` [in, in] float32 is the mean of x x^T over the inputs. Of what the recipe gives and rounding to nearest
     the better on the calibration data is taken. Raises InputError, with the matrix's name, for NaN in the Hessian.
@@ -52,14 +51,15 @@ def solve_matrix(
     if not bool(hessian.sum().isfinite()):
         raise InputError(f"{name}: its calibration inputs hold NaN or infinities; the layers before it are broken.")
     rounded = round_to_nearest(weight.to(scale_dtype), spec)
-    best, loss = rounded, output_error(target, hessian, rounded)
+    best, rtn_loss = rounded, output_error(weight, hessian, rounded)
+    loss = rtn_loss
     if bool(hessian.diagonal().any()):
-        for found in _candidates(name, target, hessian, spec, scale_dtype, recipe):
-            now = output_error(target, hessian, found)
+        for found in _candidates(name, weight, hessian, spec, scale_dtype, recipe):
+            now = output_error(weight, hessian, found)
             if now < loss:
                 best, loss = found, now
     energy = max(float((weight @ hessian).mul_(weight).sum(dtype=_double())), 1e-30)
-    return Solved(best, output_error(weight, hessian, best) / energy, output_error(weight, hessian, rounded) / energy)
+    return Solved(best, loss / energy, rtn_loss / energy)
 
 
 def restored(quantized: Quantized) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _double() -> torch.dtype:
 
 def _candidates(
     name: str,
-    target: torch.Tensor,
+    weight: torch.Tensor,
     hessian: torch.Tensor,
     spec: ResolvedSpec,
     scale_dtype: torch.dtype,
@@ -93,8 +93,9 @@ def _candidates(
     """What the recipe gives, and after every further round again."""
     from qtale import solve
 
+    target = weight
     if recipe.magr_alpha:
-        target = shrink_magnitudes(target, hessian, spec.group_size, recipe.magr_alpha, recipe.magr_iterations)
+        target = shrink_magnitudes(weight, hessian, spec.group_size, recipe.magr_alpha, recipe.magr_iterations)
     scale, zero_point = _scales(target, hessian, spec, scale_dtype, recipe)
     order = _order(hessian, recipe.act_order)
     if recipe.gptq:

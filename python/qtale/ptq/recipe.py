@@ -13,8 +13,6 @@ class Recipe:
     """What is done to a matrix, in this order; see ``benchmarks/README.md`` for what each step is worth.
 
     * ``awq``: input channels are scaled by AWQ's search before anything else (:mod:`qtale.ptq.awq`).
-    * ``feedback``: the target is what the dense model would give on its own, undisturbed inputs, so that errors of
-      earlier layers are answered (asymmetric calibration, GPTAQ, arXiv 2504.02692, with the residual stream).
     * ``even``: tokens count by the inverse of their energy in the residual stream, or the first one outweighs all.
     * ``magr_alpha``: MagR's penalty, 0 for none; ``shrink``: the range that the codes cover, of the largest weight.
     * ``gptq``: codes by GPTQ, else to nearest; ``act_order``, ``damp`` as in :class:`SolverOptions`.
@@ -23,7 +21,6 @@ class Recipe:
     """
 
     awq: bool = False
-    feedback: bool = False
     even: bool = False
     magr_alpha: float = 0.0
     magr_iterations: int = 150
@@ -45,7 +42,7 @@ def recipe_of(options: SolverOptions, spec: ResolvedSpec) -> Recipe:
     """The recipe of a method for one matrix."""
     if options.method == AUTO:
         order = True if options.act_order is None else options.act_order
-        return Recipe(feedback=True, even=True, gptq=True, act_order=order, damp=options.damp, search=_SEARCH, rounds=2)
+        return Recipe(even=True, gptq=True, act_order=order, damp=options.damp, search=_SEARCH, rounds=2)
     steps = options.method.split("+")
     gptq, magr = "gptq" in steps, "magr" in steps
     grouped = spec.group_size > 0
