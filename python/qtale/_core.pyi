@@ -50,7 +50,7 @@ def gptq(
     static_scales: bool,
     codes: Memory,
     loss: Memory | None,
-    search: tuple[int, float],
+    search: tuple[int, float, float, bool],
     importance: Memory | None,
 ) -> None: ...
 def search_scales(
@@ -59,7 +59,7 @@ def search_scales(
     num_bits: int,
     scale: Memory,
     zero_point: Memory | None,
-    search: tuple[int, float],
+    search: tuple[int, float, float, bool],
 ) -> None: ...
 def refine_codes(
     weight: Memory,
@@ -70,6 +70,9 @@ def refine_codes(
     order: Memory | None,
     sweeps: int,
     codes: Memory,
+) -> int: ...
+def refit_scales(
+    weight: Memory, hessian: Memory, num_bits: int, codes: Memory, zero_point: Memory | None, scale: Memory
 ) -> int: ...
 def prox_linf(values: Memory, group_size: int, step: float, out: Memory) -> None: ...
 def project_l1(values: Memory, group_size: int, radius: float, out: Memory) -> None: ...

@@ -24,6 +24,7 @@ __all__ = [
     "project_l1",
     "prox_linf",
     "refine_codes",
+    "refit_scales",
     "rounding_loss",
     "search_scales",
 ]
@@ -74,7 +75,9 @@ def gptq(
     scale_dtype: str = "float32",
     importance: Array | None = None,
     steps: int = 1,
-    smallest_shrink: float = 0.5,
+    widest: float = 1.0,
+    narrowest: float = 0.5,
+    signed: bool = False,
 ) -> Gptq:
     """GPTQ's column loop (Frantar et al., ICLR 2023, algorithm 1).
 
@@ -103,7 +106,7 @@ def gptq(
         static,
         memory(codes),
         memory(loss),
-        (steps, smallest_shrink),
+        (steps, widest, narrowest, signed),
         _optional(importance),
     )
     return Gptq(codes, scale, zero_point, loss)
@@ -117,14 +120,19 @@ def search_scales(
     symmetric: bool = True,
     scale_dtype: str = "float32",
     *,
-    steps: int = 80,
-    smallest_shrink: float = 0.3,
+    steps: int = 29,
+    widest: float = 1.1,
+    narrowest: float = 0.4,
+    signed: bool = False,
 ) -> tuple[Any, Any]:
-    """The best of ``steps`` ranges of every row and group, shrunk by factors from 1 down to ``smallest_shrink``.
+    """The best of ``steps`` multiples of the range of every row and group, from ``widest`` down to ``narrowest``.
+
+    A single step is the rule of :func:`qtale.ops.quantize`. ``signed`` tries scales below zero too: symmetric codes
+    reach one step further down than up, and the sign of the scale chooses which side that is.
 
     ``importance`` float32 is [in], which weighs squared errors (the diagonal of H; all ones for the plain error), or
     [groups, group_size, group_size], diagonal blocks of H, for the error ``(w - q)^T H_g (w - q)``. Scales are rounded
-    to ``scale_dtype`` before errors are taken; of equal ranges the widest stays.
+    to ``scale_dtype`` before errors are taken; of equal ones the first stays.
 
     Returns (scale [out, groups], zero_point int8 [out, groups] or None).
     """
@@ -135,7 +143,7 @@ def search_scales(
         num_bits,
         memory(scale),
         _optional(zero_point),
-        (steps, smallest_shrink),
+        (steps, widest, narrowest, signed),
     )
     return scale, zero_point
 
@@ -166,6 +174,26 @@ def refine_codes(
         _optional(order),
         sweeps,
         memory(out),
+    )
+    return out, changed
+
+
+def refit_scales(
+    weight: Array,
+    hessian: Array,
+    num_bits: int,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None = None,
+) -> tuple[Any, int]:
+    """Least squares on ``(w - q) H (w - q)^T`` over the scales of every row, jointly, with codes as given.
+
+    Scales keep their dtype, to which they are rounded, and their sign; where that does not lower a row's objective it
+    keeps its old ones. Up to 1024 groups. Returns (scale, number of rows that changed).
+    """
+    out = contiguous(_copy(scale))
+    changed = _core.refit_scales(
+        memory(weight), memory(hessian), num_bits, memory(codes), _optional(zero_point), memory(out)
     )
     return out, changed
 

@@ -145,10 +145,11 @@ def test_threads_change_no_bit(isa: str, threads: int) -> None:
         first = solve.gptq(problem.weight, factor, 3, scale=scale, zero_point=zero_point, order=problem.by_size)
         second = solve.gptq(problem.weight, problem.factor(problem.natural), 3, group_size=50)
         refined, changes = solve.refine_codes(problem.weight, problem.hessian, 3, first.codes, scale, zero_point)
+        refit = solve.refit_scales(problem.weight, problem.hessian, 3, refined, scale, zero_point)
         gram = np.zeros((250, 250))
         solve.accumulate_gram(problem.weight, gram)
         loss = solve.rounding_loss(problem.weight, problem.hessian, 4, 50)
-        return [*first, *second[:2], second.loss, refined, changes, gram, loss]
+        return [*first, *second[:2], second.loss, refined, changes, *refit, gram, loss]
 
     before = _core.num_threads()
     try:
@@ -169,7 +170,7 @@ def test_search_finds_the_best_of_its_grids(isa: str, symmetric: bool, blocks: b
     parts = [problem.hessian[k : k + size, k : k + size] for k in range(0, 60, size)]
     importance = np.ascontiguousarray(np.stack(parts)) if blocks else problem.diagonal
     scale, zero_point = solve.search_scales(
-        problem.weight, importance, 3, size, symmetric, steps=steps, smallest_shrink=least
+        problem.weight, importance, 3, size, symmetric, steps=steps, narrowest=least, widest=1.1, signed=symmetric
     )
     grids = grids_from(scale, zero_point, 3)
     for g in range(60 // size):
@@ -181,7 +182,9 @@ def test_search_finds_the_best_of_its_grids(isa: str, symmetric: bool, blocks: b
             q = np.stack([one.values(one.codes(c, 0), 0) for c in w.T], axis=1)
             return oracle.objective(w, q, h)
 
-        tried = [error(*oracle.grid_of(w, 3, symmetric, s)) for s in np.linspace(1, least, steps)]
+        tried = [error(*oracle.grid_of(w, 3, symmetric, s)) for s in np.linspace(1.1, least, steps)]
+        if symmetric:
+            tried += [error(-oracle.grid_of(w, 3, True, s)[0], 0 * w[:, 0]) for s in np.linspace(1.1, least, steps)]
         best = np.min(tried, axis=0)
         assert np.all(error(grids.scale[:, g], grids.zero[:, g]) <= best * (1 + 1e-4) + 1e-12)
 
@@ -225,6 +228,38 @@ def test_refining_never_raises_the_objective(isa: str, symmetric: bool, kind: st
                 other[:, column] = np.clip(other[:, column] + step, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
                 worse = oracle.objective(problem.weight, oracle.dequantized(other, grids), problem.hessian)
                 assert np.all(worse >= best * (1 - 0.01) - 1e-9)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["full", "dead", "rank"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_refitting_scales_solves_the_normal_equations(isa: str, symmetric: bool, kind: str, dtype: str) -> None:
+    problem = Problem(51, 96, samples=30 if kind == "rank" else 400, dead=6 if kind == "dead" else 0, seed=8)
+    for bits, size in ((2, 0), (3, 24), (4, 8)):
+        codes, scale, zero_point = ops.quantize(problem.weight, bits, size, symmetric, dtype)
+        scale[7] *= -1  # signs are kept
+        grids = grids_from(scale, zero_point, bits)
+        before = oracle.objective(problem.weight, oracle.dequantized(codes, grids), problem.hessian)
+        found, changed = solve.refit_scales(problem.weight, problem.hessian, bits, codes, scale, zero_point)
+        assert str(found.dtype) == dtype
+        assert np.all(found * scale > 0)
+        assert changed == np.any(found != scale, axis=1).sum() > 0
+        grids = grids_from(found, zero_point, bits)
+        after = oracle.objective(problem.weight, oracle.dequantized(codes, grids), problem.hessian)
+        assert np.all(after <= before)
+        if dtype == "float16" or kind == "rank" or symmetric and bits == 2:
+            continue
+        for r in (0, 1, 20):
+            levels = oracle.dequantized(codes, grids._replace(scale=np.ones_like(grids.scale)))[r]
+            basis = np.zeros((96, found.shape[1]))
+            for g in range(found.shape[1]):
+                part = slice(g * (size or 96), (g + 1) * (size or 96))
+                basis[part, g] = levels[part]
+            h = problem.hessian.astype(float)
+            best = np.linalg.lstsq(basis.T @ h @ basis, basis.T @ h @ problem.weight[r], rcond=None)[0]
+            if np.all(best * scale[r] > 0):
+                error = problem.weight[r] - basis @ best
+                assert after[r] <= error @ h @ error * (1 + 1e-3) + 1e-9
 
 
 @settings(max_examples=150, deadline=None)
@@ -321,11 +356,11 @@ def refusals() -> dict[str, tuple[Any, str]]:
         "order": (lambda: solve.gptq(w, u, 4, scale=scale, order=twice), "permutation"),
         "moving": (lambda: solve.gptq(w, u, 4, group_size=4, order=problem.natural), "static_scales"),
         "group": (lambda: solve.gptq(w, u, 4, group_size=3), "group_size 3 does not divide"),
-        "scale": (lambda: solve.gptq(w, u, 4, scale=-scale), "expected a positive number"),
+        "scale": (lambda: solve.gptq(w, u, 4, scale=0 * scale), "expected a number that is not 0"),
         "negative": (lambda: solve.search_scales(w, -problem.diagonal, 4), "importance"),
         "blocks": (lambda: solve.search_scales(w, np.ones((2, 3, 3), np.float32), 4, 4), r"\[2, 4, 4\]"),
         "steps": (lambda: solve.search_scales(w, problem.diagonal, 4, steps=0), "0 steps"),
-        "shrink": (lambda: solve.search_scales(w, problem.diagonal, 4, smallest_shrink=0.0), "smallest_shrink"),
+        "shrink": (lambda: solve.search_scales(w, problem.diagonal, 4, narrowest=0.0), "down to 0"),
         "dtype": (lambda: solve.search_scales(w, problem.diagonal, 4, 0, True, "float64"), "float64"),
         "codes": (lambda: solve.refine_codes(w, h, 2, codes, scale), "does not fit 2 bits"),
         "hessian": (lambda: solve.refine_codes(w, h[:, :4], 4, codes, scale), "expected"),

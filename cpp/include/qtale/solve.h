@@ -11,11 +11,13 @@
 
 namespace qtale {
 
-// How scales are searched: ranges shrunk by `steps` factors from 1 down to `smallest_shrink`; 1 step is quantize's
+// How scales are searched: quantize's range times `steps` factors from `widest` down to `narrowest`; 1 step is its own
 // rule.
 struct ScaleSearch {
   int steps = 1;
-  float smallest_shrink = 0.5f;
+  float widest = 1.0f;
+  float narrowest = 0.5f;
+  bool signed_scales = false;
 };
 
 // GPTQ (Frantar et al., ICLR 2023): columns in turn to the nearest code, each error spread over those not yet coded.
@@ -29,7 +31,7 @@ void gptq(const TensorView& weight, const TensorView& factor, const TensorView* 
           const TensorView& scale, const TensorView* zero_point, bool static_scales, const TensorView& codes,
           const TensorView* loss, const ScaleSearch& search = {}, const TensorView* importance = nullptr);
 
-// Of the shrunken ranges of every row and group the one with the smallest error, the widest of equals; scales are
+// Of the ranges of every row and group the one with the smallest error, the first of equals; scales are
 // rounded to their dtype before errors are taken. importance [in] f32 >= 0: error = sum_i importance_i (w_i - q_i)^2;
 // or [groups, group_size, group_size] f32, diagonal blocks of H: error = (w - q)^T H_g (w - q), of which the upper
 // triangles are read.
@@ -41,6 +43,12 @@ void search_scales(const TensorView& weight, const TensorView& importance, int n
 // float32 can tell are not taken, so the objective does not rise. Returns the number of changes.
 std::int64_t refine_codes(const TensorView& weight, const TensorView& hessian, int num_bits, const TensorView& scale,
                           const TensorView* zero_point, const TensorView* order, int sweeps, const TensorView& codes);
+
+// Least squares on (w - q)^T H (w - q) over the scales of a row, jointly, with codes and zero points as given; in
+// place. Scales keep their sign and are rounded to their dtype; a row keeps its old ones where that does not lower its
+// objective. H is read as a full symmetric matrix, up to 1024 groups. Returns the number of rows that changed.
+std::int64_t refit_scales(const TensorView& weight, const TensorView& hessian, int num_bits, const TensorView& codes,
+                          const TensorView* zero_point, const TensorView& scale);
 
 // prox of step * ||.||_inf of every row, or group of group_size (0: row): v - step * project(v / step) on the unit l1
 // ball (Moreau; thresholds after Duchi et al., ICML 2008) = v clamped to +-t with sum_i max(|v_i| - t, 0) = step, or 0

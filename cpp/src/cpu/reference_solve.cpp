@@ -68,15 +68,15 @@ void grid(const GridRule& rule, const Importance& importance, const float* colum
     hi = std::max(hi, columns[i]);
   }
   for (int step = 0; step < rule.steps; ++step) {
-    const float part = rule.steps > 1 ? static_cast<float>(step) / static_cast<float>(rule.steps - 1) : 0.0f;
-    const float factor = 1.0f - (1.0f - rule.smallest) * part;
-    const Grid found = choose(rule, lo * factor, hi * factor);
-    const float error = error_of(rule, importance, columns, count, found, d.data());
-    if (step > 0 && !(error < least)) continue;
-    least = error;
-    out[kScale] = found.scale;
-    out[kInverse] = 1.0f / found.scale;
-    out[kZero] = found.zero;
+    Grid found = choose(rule, lo * rule.factor(step), hi * rule.factor(step));
+    for (int sign = 0; sign <= static_cast<int>(rule.both_signs); ++sign, found.scale = -found.scale) {
+      const float error = error_of(rule, importance, columns, count, found, d.data());
+      if (step + sign > 0 && !(error < least)) continue;
+      least = error;
+      out[kScale] = found.scale;
+      out[kInverse] = 1.0f / found.scale;
+      out[kZero] = found.zero;
+    }
   }
 }
 

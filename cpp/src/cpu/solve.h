@@ -12,13 +12,20 @@ namespace qtale::cpu {
 // The grid of a group: three vectors of lanes, each a float per row.
 enum GridRow : std::uint8_t { kScale, kInverse, kZero, kGridRows };
 
-// How a group's grid is found: the range shrunk by the best of `steps` factors between 1 and `smallest`.
+// How a group's grid is found: the range times the best of `steps` factors from `widest` to `narrowest`, with
+// `both_signs` of the scale.
 struct GridRule {
   int num_bits;
   bool symmetric;
   DType scale_dtype;  // what scales are rounded to
   int steps;
-  float smallest;
+  float widest, narrowest;
+  bool both_signs;
+
+  float factor(int step) const {
+    if (steps == 1) return 1.0f;
+    return widest - (widest - narrowest) * static_cast<float>(step) / static_cast<float>(steps - 1);
+  }
 };
 
 // What a group's errors are weighed with: a factor per column, or else a packed quadratic form, or else nothing.

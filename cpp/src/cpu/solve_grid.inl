@@ -144,21 +144,25 @@ struct GridSearch {
   // The first of equally good grids stays.
   void run(float* out) {
     find_range();
-    alignas(64) float errors[kLanes];
+    alignas(64) float errors[kLanes] = {};
+    const bool one = rule.steps == 1 && !rule.both_signs;
     for (int step = 0; step < rule.steps; ++step) {
-      const float factor = rule.steps == 1 ? 1.0f
-                                           : 1.0f - (1.0f - rule.smallest) * static_cast<float>(step) /
-                                                        static_cast<float>(rule.steps - 1);
+      const VecF factor = set1(rule.factor(step));
       GridVec grid[Vecs];
-      for (int p = 0; p < Vecs; ++p)
-        grid[p] = choose_grid(rule, levels, mul(lo[p], set1(factor)), mul(hi[p], set1(factor)));
-      if (rule.steps > 1) try_all(grid, errors);
-      for (int p = 0; p < Vecs; ++p) take(step, grid[p], load_f32(errors + p * kWidth), best[p], out + p * kWidth);
+      for (int p = 0; p < Vecs; ++p) grid[p] = choose_grid(rule, levels, mul(lo[p], factor), mul(hi[p], factor));
+      for (int sign = 0; sign <= static_cast<int>(rule.both_signs); ++sign) {
+        if (!one) try_all(grid, errors);
+        for (int p = 0; p < Vecs; ++p) {
+          take(step + sign == 0, grid[p], load_f32(errors + p * kWidth), best[p], out + p * kWidth);
+          grid[p].scale = sub(set1(0.0f), grid[p].scale);
+          grid[p].inverse = sub(set1(0.0f), grid[p].inverse);
+        }
+      }
     }
   }
 
-  static void take(int step, const GridVec& grid, VecF error, VecF& least, float* out) {
-    if (step == 0) {
+  static void take(bool first, const GridVec& grid, VecF error, VecF& least, float* out) {
+    if (first) {
       store_grid<Vecs>(out, grid);
       least = error;
       return;

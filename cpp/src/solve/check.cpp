@@ -87,9 +87,9 @@ cpu::SolveWeight check_weight(std::string_view op, const TensorView& weight, int
 void check_grids(std::string_view op, const cpu::SolveWeight& w) {
   const int half = 1 << (w.num_bits - 1);
   for (std::int64_t i = 0; i < w.rows * w.groups; ++i) {
-    if (const float s = scale_at(w, i); !(s > 0.0f) || !std::isfinite(s) || !std::isfinite(1.0f / s))
-      fail_input("{}: the scale of row {}, group {} is {}; expected a positive number.", op, i / w.groups, i % w.groups,
-                 s);
+    if (const float s = scale_at(w, i); !std::isfinite(s) || !std::isfinite(1.0f / s))
+      fail_input("{}: the scale of row {}, group {} is {}; expected a number that is not 0.", op, i / w.groups,
+                 i % w.groups, s);
     if (const int zero = w.zero_point ? w.zero_point[i] : 0; zero < -half || zero >= half)
       fail_input("{}: zero_point {} does not fit {} bits; expected {} to {}.", op, zero, w.num_bits, -half, half - 1);
   }
@@ -107,9 +107,12 @@ cpu::GridRule check_search(std::string_view op, const ScaleSearch& search, int n
   constexpr int kMaxSteps = 10000;
   if (search.steps < 1 || search.steps > kMaxSteps)
     fail_input("{}: {} steps of the search; use 1 to {}.", op, search.steps, kMaxSteps);
-  if (!(search.smallest_shrink > 0.0f && search.smallest_shrink <= 1.0f))
-    fail_input("{}: smallest_shrink is {}; use a number above 0 and up to 1.", op, search.smallest_shrink);
-  return {num_bits, symmetric, scale_dtype, search.steps, search.smallest_shrink};
+  if (!(search.narrowest > 0.0f && search.narrowest <= search.widest && search.widest <= 2.0f))
+    fail_input("{}: factors of ranges from {} down to {}; use numbers above 0 and up to 2.", op, search.widest,
+               search.narrowest);
+  if (search.signed_scales && !symmetric)
+    fail_input("{}: signed scales mean nothing to grids with zero points; use them with symmetric ones.", op);
+  return {num_bits, symmetric, scale_dtype, search.steps, search.widest, search.narrowest, search.signed_scales};
 }
 
 std::int64_t check_group_size(std::string_view op, std::int64_t group_size, std::int64_t in) {

@@ -20,7 +20,7 @@ void check_importance(std::string_view op, const TensorView& t, std::int64_t n);
 // The weight and its grid parameters.
 cpu::SolveWeight check_weight(std::string_view op, const TensorView& weight, int num_bits, const TensorView& scale,
                               const TensorView* zero_point);
-// Given scales are positive numbers and given zero points codes.
+// Given scales are numbers other than 0 and given zero points codes.
 void check_grids(std::string_view op, const cpu::SolveWeight& weight);
 std::int8_t* check_codes_out(std::string_view op, const TensorView& codes, const cpu::SolveWeight& weight);
 cpu::GridRule check_search(std::string_view op, const ScaleSearch& search, int num_bits, bool symmetric,

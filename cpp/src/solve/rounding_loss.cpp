@@ -42,8 +42,11 @@ double rounding_loss(const TensorView& weight, const TensorView& hessian, const 
                            nullptr};
   const float* factors = check_column_scale(column_scale, in);
   if (in == 0) return 0.0;
-  return cpu::rounding_loss(
-      {w, hessian.as<const float>(), hessian.strides[0], factors, {num_bits, symmetric, scale_dtype, 1, 1.0f}});
+  return cpu::rounding_loss({w,
+                             hessian.as<const float>(),
+                             hessian.strides[0],
+                             factors,
+                             {num_bits, symmetric, scale_dtype, 1, 1.0f, 1.0f, false}});
 }
 
 }  // namespace qtale
