@@ -11,9 +11,9 @@ import numpy as np
 
 from qtale import _core
 from qtale.engine.arena import memory_of
-from qtale.engine.layout import Block
 from qtale.engine.model import LoadedModel
 from qtale.engine.passes import PASS_TOKENS, CallReport, Passes
+from qtale.engine.regions import Block
 from qtale.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Subject:
 
     @property
     def weights(self) -> Memory:
-        """The memory that each decoded token reads: it lies in one piece, norms among it."""
+        """The memory that each decoded token reads: it lies in one piece."""
         blocks = [block for part in (*self._layers, self._head) for block in part]
         start, end = min(block.offset for block in blocks), max(block.offset + block.nbytes for block in blocks)
         return memory_of(self.model.arena.view(start, end - start), "uint8")

@@ -22,7 +22,7 @@ from qtale.checkpoint.identity import fingerprint
 from qtale.checkpoint.safetensors import Shard, read_header
 from qtale.checkpoint.writer import ShardWriter, TensorShape
 from qtale.engine.arena import Arena
-from qtale.engine.layout import Layout
+from qtale.engine.regions import Layout
 from qtale.errors import CheckpointError, InputError
 
 _logger = logging.getLogger("qtale")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from qtale.checkpoint.folder import open_folder
+from qtale.engine.change import WeightChange
 from qtale.engine.generate import Batch, Generation, Piece, make_tracks
 from qtale.engine.inputs import Inputs, Prompt, token_of
 from qtale.engine.layout import WeightOptions
@@ -214,8 +215,7 @@ class Engine:
     def theta(self, value: float) -> None:
         if not 0.0 <= float(value) <= 1.0:
             raise InputError(f"theta {value!r} must be a probability from 0 to 1.")
-        with self._passes.lock:
-            self._passes.decoder.set_theta(float(value))
+        self._passes.set_theta(float(value))
         self._theta = float(value)
 
     def set_depth(self, layers: Sequence[int] | None) -> None:
@@ -230,8 +230,13 @@ class Engine:
                 raise InputError(f"set_depth: there is no layer {wrong}; they are 0 to {self.spec.num_layers - 1}.")
             chosen = set(layers)
             runs = [layer in chosen for layer in range(self.spec.num_layers)]
-        with self._passes.lock:
-            self._passes.decoder.set_depth(runs)
+        self._passes.set_depth(runs)
+
+    def change(self) -> WeightChange:
+        """Other bits for some of the weights, as :meth:`qtale.Deployment.replan` gives them."""
+        if self._model is None:
+            raise InputError("the engine is closed; load the model again.")
+        return WeightChange(self._model, self._passes)
 
     def close(self) -> None:
         """Free weights and caches; later calls raise InputError."""
@@ -249,7 +254,7 @@ class Engine:
         state = "closed"
         if self._model is not None:
             bits = ", ".join(map(str, self._model.layout.bits))
-            state = f"weights of {bits} bits in {human_bytes(self.load_report.weights_bytes)}"
+            state = f"weights of {bits} bits in {human_bytes(self._model.layout.nbytes)}"
         return (
             f"Engine({self.path.name}: {spec.model_type}, {spec.num_layers} layers of {spec.hidden_size}, "
             f"context {self.context}, {state})"
