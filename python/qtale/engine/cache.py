@@ -80,6 +80,8 @@ class PackedCache:
                 raise CheckpointError(f"{self.path}: its sums differ.")
         except (CheckpointError, OSError) as error:
             _logger.warning("the packed weights in the cache are not used and written anew: %s", error)
+            # Nothing of it may stay between the blocks.
+            arena.bytes.fill(0)
             return False
         return True
 
