@@ -19,7 +19,7 @@ from qtale.planner import LayerBits, Plan, PlannedModel
 from qtale.report.deploy import render
 
 RENDERED = """\
-llama, 4 layers, of /models/llama
+llama, 4 layers, of /models/llama, run by the engine
 weights 2.0 KiB (as stored 4.0 KiB), 1.0 KiB for KV cache and workspace
 budget 3.0 KiB (given)
 16 → 8 bits: 1 module of layer 3
@@ -41,7 +41,7 @@ def make_plan(fingerprint: str, bits: int) -> Plan:
 def test_the_report_as_text() -> None:
     names = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head")
     changes = (*(ModuleChange(name, 8, 4, 800, 400) for name in names), ModuleChange("m.layers.3.a", 16, 8, 1600, 752))
-    sizes = (3 << 10, "given", changes, 2 << 10, 4 << 10, 1 << 10, 10 << 10, 8 << 10, 1.23)
+    sizes = (3 << 10, "given", changes, 2 << 10, 4 << 10, 1 << 10, 10 << 10, 8 << 10, 1.23, "engine")
     report = DeployReport("/models/llama", make_plan("ab" * 32, 4), *sizes)
     assert render(report) == RENDERED
     assert report.bytes_freed == 2048

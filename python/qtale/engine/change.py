@@ -17,10 +17,14 @@ from qtale.spec import ResolvedSpec
 
 
 class Move(NamedTuple):
-    """A region that becomes what it is in ``layout``, at ``offset`` of new memory; ``modules`` are its Linears."""
+    """A region that becomes what it is in ``layout``, at ``offset`` of new memory.
+
+    ``modules`` are its Linears, ``growth`` is the bytes that it takes more than before.
+    """
 
     region: str
     modules: tuple[str, ...]
+    growth: int
     layout: Layout
     arena: Arena
     offset: int
@@ -29,7 +33,7 @@ class Move(NamedTuple):
 class WeightChange:
     """In its ``with`` block calls of the engine wait; at the end a decoder over what was moved takes their place.
 
-    Sequences that were open when something moved end with InputError.
+    Sequences that were open when something moved end with InputError. Entering raises InputError on a closed engine.
     """
 
     def __init__(self, model: LoadedModel, passes: Passes) -> None:
@@ -38,14 +42,14 @@ class WeightChange:
 
     def moves(self, folder: ModelFolder, specs: Mapping[str, ResolvedSpec | None]) -> list[Move]:
         """What has to move for weights that are rounded as ``specs`` say; raises as :func:`plan_layout` does."""
-        layout = plan_layout(folder, self._model.spec, WeightOptions(specs=specs))
-        old = self._model.layout
+        layout, old = plan_layout(folder, self._model.spec, WeightOptions(specs=specs)), self._model.layout
         changed = [name for name in layout.regions if _kinds(layout, name) != _kinds(old, name)]
         arena, offset, moves = Arena(sum(layout.regions[name].nbytes for name in changed)), 0, []
         for name in changed:
             modules = tuple(source.module for source in layout.sources(name))
-            moves.append(Move(name, modules, layout, arena, offset))
-            offset += layout.regions[name].nbytes
+            size = layout.regions[name].nbytes
+            moves.append(Move(name, modules, size - old.regions[name].nbytes, layout, arena, offset))
+            offset += size
         return moves
 
     def run(self, folder: ModelFolder, move: Move) -> None:
@@ -66,13 +70,17 @@ class WeightChange:
 
     def __enter__(self) -> WeightChange:
         self._passes.lock.acquire()
+        try:
+            _ = self._passes.decoder
+        except BaseException:
+            self._passes.lock.release()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             if self._moved:
-                self._model.decoder = self._model.make_decoder()
-                self._passes.replace(self._model.decoder)
+                self._passes.replace(self._model.make_decoder())
         finally:
             self._passes.lock.release()
 

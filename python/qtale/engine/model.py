@@ -1,4 +1,4 @@
-"""A loaded decoder: the memory of its weights, and the core's Decoder over them."""
+"""A loaded model: the memory of its weights, and decoders of the core over them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LoadReport:
 
 
 class LoadedModel:
-    """Weights and decoder of one folder; ``arena`` is what loading filled, of which regions may move away."""
+    """Weights of one folder; ``arena`` is what loading filled, of which regions may move away."""
 
     def __init__(
         self,
@@ -98,7 +98,6 @@ class LoadedModel:
                 kept.write(self.arena)
         self._homes = {name: (self.arena, region.offset) for name, region in self.layout.regions.items()}
         self._where = where
-        self.decoder = self.make_decoder()
         self.report = LoadReport(self.layout.nbytes, time.perf_counter() - start, from_cache)
 
     @property

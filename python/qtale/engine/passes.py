@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 Segment = tuple[int, int, int]
 Floats = npt.NDArray[np.float32]
 
-# Rows of one forward call: enough to keep the kernels busy, few enough to stay in caches and to stop soon.
-PASS_TOKENS = 512
-
 
 @dataclass
 class CallReport:
@@ -140,7 +137,10 @@ class Passes:
         logits = out[: len(rows)]
         with self.lock:
             self.decoder.forward(
-                self._segments(segments), memory_of(ids, "int32"), memory_of(rows, "int64"), memory_of(logits, "float32")
+                self._segments(segments),
+                memory_of(ids, "int32"),
+                memory_of(rows, "int64"),
+                memory_of(logits, "float32"),
             )
             self._note(report)
         return logits
