@@ -30,14 +30,20 @@ def resident():
     return next(int(fields[1]) << 10 for fields in lines if fields[0] == "Rss:")
 
 def answer(deployment, ids):
+    if deployment.backend == "engine":
+        tokens = deployment.generate(ids[0].tolist(), 4, ignore_end=True).tokens
+        logits = deployment.engine.logits(ids[0].tolist())
+        return [list(tokens), hashlib.sha256(logits.tobytes()).hexdigest()]
     options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     text = deployment.generate(ids, max_new_tokens=4, min_new_tokens=4, **options)[0].tolist()
     with torch.no_grad():
         logits = deployment.model(ids).logits
     return [text, hashlib.sha256(logits.numpy().tobytes()).hexdigest()]
 
-def run(folder, budgets, ids, options):
-    deployment = qtale.deploy(folder, budgets[0], options=options, progress=False)
+def run(folder, budgets, ids):
+    options = Options(context=64)
+    deployment = qtale.deploy(folder, budgets[0], options=options, backend=backend, progress=False)
+    assert deployment.backend == backend
     rows = []
     for budget in budgets:
         report = deployment.replan(budget)
@@ -48,22 +54,26 @@ def run(folder, budgets, ids, options):
     return rows
 
 torch.set_num_threads(1)
-small, large, budgets = sys.argv[1], sys.argv[2], sys.argv[3:]
-options = Options(context=64)
-run(small, ["2MiB", "1MiB", "1GiB"], torch.ones(1, 8, dtype=torch.long), options)
+backend, small, large, *budgets = sys.argv[1:]
+run(small, ["2MiB", "1MiB", "1GiB"], torch.ones(1, 8, dtype=torch.long))
 before = resident()
-rows = run(large, budgets, torch.arange(100, 112)[None], options)
+rows = run(large, budgets, torch.arange(100, 112)[None])
 print(json.dumps({"before": before, "rows": rows}))
 """
 
 
-@pytest.fixture(scope="module")
-def found(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["engine", "torch"])
+def found(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("this system does not tell what a process holds")
-    small = save_model(tmp_path_factory.mktemp("models") / "small")
+    folder = tmp_path_factory.mktemp("models")
+    small, large = save_model(folder / "small"), folder / "large"
+    # Without its tokenizer, which the engine holds too.
+    large.mkdir()
+    for path in (demo_model / "config.json", *demo_model.glob("*.safetensors*")):
+        (large / path.name).symlink_to(path)
     budgets = ["265MiB", *(CYCLE[step % len(CYCLE)] for step in range(REPLANS))]
-    command = [sys.executable, "-c", SCRIPT, str(small), str(demo_model), *budgets]
+    command = [sys.executable, "-c", SCRIPT, request.param, str(small), str(large), *budgets]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
