@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qtale.checkpoint.safetensors import ITEM_BYTES
 from qtale.errors import InputError
 from qtale.memory.runtime import TORCH, runtime
 from qtale.memory.shape import LinearShape, ModelShape
@@ -80,8 +79,7 @@ def kv_bytes(shape: ModelShape, context: int, batch: int, backend: str = TORCH) 
     """Keys and values of ``batch`` sequences of ``context`` tokens in every layer, as wide as the model's numbers."""
     if context < 0 or batch < 1:
         raise InputError(f"memory: context {context} and batch {batch}; context is 0 or more, batch 1 or more.")
-    tokens = batch * runtime(backend).tokens(context)
-    return tokens * shape.num_layers * shape.kv_width * ITEM_BYTES[shape.dtype]
+    return runtime(backend).kv_cache(shape, context, batch)
 
 
 def workspace_bytes(shape: ModelShape, context: int, batch: int, backend: str = TORCH) -> int:

@@ -17,8 +17,8 @@ MODULE_BYTES = 10 << 10
 PASS_TOKENS = 512
 # Inputs that share one activation scale of 4 bytes in the int8 product.
 _ACTIVATION_GROUP = 128
-# The engine keeps keys and values in pages of so many tokens, and weights in so many regions for each layer.
-_PAGE_TOKENS = 16
+# The engine keeps keys and values in pages of so many tokens with a header, weights in so many regions for each layer.
+_PAGE_TOKENS, _PAGE_HEADER = 16, 64
 _REGIONS = 4
 
 
@@ -26,12 +26,12 @@ _REGIONS = 4
 class Runtime:
     """Bytes of a model beside its Linears and its embedding.
 
-    ``other`` is norms, biases and bookkeeping; ``tokens`` how many of a sequence's tokens its KV cache has room for;
-    ``workspace`` the most that forward passes over ``batch`` sequences of ``context`` tokens hold beside all else.
+    ``other`` is norms, biases and bookkeeping; ``kv_cache`` of a shape, context and batch is that many sequences' keys
+    and values; ``workspace`` the most that forward passes over them hold beside all else.
     """
 
     other: Callable[[ModelShape], int]
-    tokens: Callable[[int], int]
+    kv_cache: Callable[[ModelShape, int, int], int]
     workspace: Callable[[ModelShape, int, int], int]
 
 
@@ -44,6 +44,10 @@ def runtime(backend: str) -> Runtime:
 
 def _torch_other(shape: ModelShape) -> int:
     return shape.other_bytes + MODULE_BYTES * len(shape.linears)
+
+
+def _torch_kv_cache(shape: ModelShape, context: int, batch: int) -> int:
+    return batch * context * shape.num_layers * shape.kv_width * ITEM_BYTES[shape.dtype]
 
 
 def _torch_workspace(shape: ModelShape, context: int, batch: int) -> int:
@@ -64,11 +68,19 @@ def _engine_other(shape: ModelShape) -> int:
     return shape.other_bytes * 4 // ITEM_BYTES[shape.dtype] + regions * mmap.PAGESIZE // 2
 
 
+def _engine_kv_cache(shape: ModelShape, context: int, batch: int) -> int:
+    pages = batch * -(-context // _PAGE_TOKENS) * shape.num_layers
+    return pages * (_PAGE_TOKENS * shape.kv_width * ITEM_BYTES[shape.dtype] + _PAGE_HEADER)
+
+
 def _engine_workspace(shape: ModelShape, context: int, batch: int) -> int:
-    """One pass: float32 rows of the residual stream, attention and MLP, int8 codes, and a row of logits a sequence."""
-    rows = min(PASS_TOKENS, batch * context)
-    row = 4 * (3 * shape.intermediate_width + 5 * shape.attention_width + shape.kv_width) + _codes(shape)
-    return rows * row + 4 * batch * shape.vocabulary
+    """One pass: float32 rows of residual stream, attention and MLP, inputs of one product, logits of a row a sequence.
+
+    Inputs are int8 codes where weights are quantized, and float32 once more where they are not. Beside these, each
+    thread takes up to half a MiB, which does not grow with the model.
+    """
+    row = 4 * (4 * shape.intermediate_width + 5 * shape.attention_width + shape.kv_width) + _codes(shape)
+    return min(PASS_TOKENS, batch * context) * row + 4 * batch * shape.vocabulary
 
 
 def _codes(shape: ModelShape) -> int:
@@ -76,6 +88,6 @@ def _codes(shape: ModelShape) -> int:
 
 
 _RUNTIMES = {
-    TORCH: Runtime(_torch_other, lambda context: context, _torch_workspace),
-    ENGINE: Runtime(_engine_other, lambda context: -(-context // _PAGE_TOKENS) * _PAGE_TOKENS, _engine_workspace),
+    TORCH: Runtime(_torch_other, _torch_kv_cache, _torch_workspace),
+    ENGINE: Runtime(_engine_other, _engine_kv_cache, _engine_workspace),
 }
