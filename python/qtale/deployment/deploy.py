@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -17,17 +16,17 @@ from qtale.deployment.heap import release, resident_bytes
 from qtale.deployment.layers import bits_of, specs_of
 from qtale.deployment.room import Probe, cpu_devices, room, room_to_follow
 from qtale.deployment.running import Running, Specs, Step, change
-from qtale.errors import CheckpointError, InputError, UnsupportedError
+from qtale.deployment.source import check_backend, chosen_backend, find_source
+from qtale.errors import CheckpointError, InputError
 from qtale.importance.file import Importance
 from qtale.memory.devices import AUTO, Budget
 from qtale.memory.needed import Needs, linear_bytes, needed
-from qtale.memory.runtime import ENGINE, TORCH
+from qtale.memory.runtime import ENGINE
 from qtale.memory.sizes import human_bytes
 from qtale.planner.make import Planner
 from qtale.planner.options import Options
 from qtale.planner.plan import Plan
 from qtale.planner.problem import BudgetError
-from qtale.planner.source import Source, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from qtale.engine.engine import Engine
 
 _logger = logging.getLogger("qtale")
-AUTO_BACKEND = "auto"
-BACKENDS = (AUTO_BACKEND, ENGINE, TORCH)
 
 
 class Deployment:
@@ -243,7 +240,7 @@ def deploy(
     options: Options | None = None,
     errors: str | Path | None = None,
     compute: str = "int8",
-    backend: str = AUTO_BACKEND,
+    backend: str = AUTO,
     progress: bool = True,
     probe: Probe = cpu_devices,
 ) -> Deployment:
@@ -259,43 +256,15 @@ def deploy(
     Raises BudgetError (an InputError) where nothing fits, naming the least budget that would; InputError for wrong
     values and for a plan or scores of another model; CheckpointError and UnsupportedError for models that cannot run.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"deploy: backend {backend!r} is not known; use {', '.join(map(repr, BACKENDS))}.")
+    check_backend(backend)
     if compute not in ("int8", "float"):
         raise InputError(f"deploy: compute {compute!r} is not a mode; use 'int8' or 'float'.")
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.read(plan)
     if options is None:
         options = Options() if plan is None else Options.of_plan(plan)
-    source = _source(model, importance)
-    planner = Planner(source, options.resolved(), errors, progress, _chosen_backend(backend, source))
+    source = find_source(model, importance)
+    planner = Planner(source, options.resolved(), errors, progress, chosen_backend(backend, source))
     deployment = Deployment(planner, budget, compute, progress, probe)
     deployment.load(plan)
     return deployment
-
-
-def _chosen_backend(asked: str, source: Source) -> str:
-    from qtale.deployment.engine_model import unsupported
-
-    if asked == TORCH or source.folder is None:
-        return TORCH
-    reason = unsupported(source.folder)
-    if reason is None:
-        return ENGINE
-    if asked == ENGINE:
-        raise UnsupportedError(f"deploy: the engine does not run this model; use backend 'auto' or 'torch'. {reason}")
-    _logger.info("deploy: PyTorch runs this model. %s", reason)
-    return TORCH
-
-
-def _source(model: str | Path, importance: Importance | str | Path | None) -> Source:
-    open_folder(model)
-    if importance is None or isinstance(importance, Importance):
-        source = dataclasses.replace(open_source(model), importance=importance)
-        if importance is not None:
-            importance.check_model(source.model.fingerprint)
-        return source
-    source = open_source(importance, model)
-    if source.importance is None:
-        raise InputError(f"deploy: {importance} is no importance.json; make one with `qtale measure`.")
-    return source

@@ -41,15 +41,22 @@ class WeightChange:
         self._moved = False
 
     def moves(self, folder: ModelFolder, specs: Mapping[str, ResolvedSpec | None]) -> list[Move]:
-        """What has to move for weights that are rounded as ``specs`` say; raises as :func:`plan_layout` does."""
+        """What has to move for weights that are rounded as ``specs`` say, what shrinks most first.
+
+        Raises as :func:`plan_layout` does, and Error where the system has no memory for all of it.
+        """
         layout, old = plan_layout(folder, self._model.spec, WeightOptions(specs=specs)), self._model.layout
-        changed = [name for name in layout.regions if _kinds(layout, name) != _kinds(old, name)]
-        arena, offset, moves = Arena(sum(layout.regions[name].nbytes for name in changed)), 0, []
-        for name in changed:
+        growth = {
+            name: region.nbytes - old.regions[name].nbytes
+            for name, region in layout.regions.items()
+            if _kinds(layout, name) != _kinds(old, name)
+        }
+        arena, offset, moves = Arena(sum(layout.regions[name].nbytes for name in growth)), 0, []
+        # In the order in which they are filled, because a huge page is taken whole with its first byte.
+        for name in sorted(growth, key=lambda name: growth[name]):
             modules = tuple(source.module for source in layout.sources(name))
-            size = layout.regions[name].nbytes
-            moves.append(Move(name, modules, size - old.regions[name].nbytes, layout, arena, offset))
-            offset += size
+            moves.append(Move(name, modules, growth[name], layout, arena, offset))
+            offset += layout.regions[name].nbytes
         return moves
 
     def run(self, folder: ModelFolder, move: Move) -> None:
