@@ -96,7 +96,7 @@ class Depth:
     """Ways to run the layers of a model, and the share of a dense pass that each leaves over."""
 
     def __init__(self, subject: Subject) -> None:
-        self._decoder, self._count = subject.model.decoder, subject.spec.num_layers
+        self._decoder, self._count = subject.passes.decoder, subject.spec.num_layers
         self._work = subject.work
 
     def dense(self) -> None:

@@ -1,4 +1,4 @@
-"""`qtale.deploy`: what runs is what the plan says, and changes of plan touch only what changes."""
+"""`qtale.deploy` on PyTorch: what runs is what the plan says, and changes of plan touch only what changes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def make_plan(model: Path, *bits: int | dict[str, int], head: int = 16) -> Plan:
 def deploy(model: Path, budget: int | str = "1GiB", **arguments: Any) -> Deployment:
     if "plan" not in arguments:
         arguments.setdefault("options", OPTIONS)
-    return qtale.deploy(model, budget, progress=False, **arguments)
+    return qtale.deploy(model, budget, backend="torch", progress=False, **arguments)
 
 
 def logits_of(model: Any) -> torch.Tensor:

@@ -19,7 +19,7 @@ from qtale.planner import LayerBits, Plan, PlannedModel
 from qtale.report.deploy import render
 
 RENDERED = """\
-llama, 4 layers, of /models/llama
+llama, 4 layers, of /models/llama, run by the engine
 weights 2.0 KiB (as stored 4.0 KiB), 1.0 KiB for KV cache and workspace
 budget 3.0 KiB (given)
 16 → 8 bits: 1 module of layer 3
@@ -41,7 +41,7 @@ def make_plan(fingerprint: str, bits: int) -> Plan:
 def test_the_report_as_text() -> None:
     names = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head")
     changes = (*(ModuleChange(name, 8, 4, 800, 400) for name in names), ModuleChange("m.layers.3.a", 16, 8, 1600, 752))
-    sizes = (3 << 10, "given", changes, 2 << 10, 4 << 10, 1 << 10, 10 << 10, 8 << 10, 1.23)
+    sizes = (3 << 10, "given", changes, 2 << 10, 4 << 10, 1 << 10, 10 << 10, 8 << 10, 1.23, "engine")
     report = DeployReport("/models/llama", make_plan("ab" * 32, 4), *sizes)
     assert render(report) == RENDERED
     assert report.bytes_freed == 2048
@@ -51,7 +51,7 @@ def test_the_report_as_text() -> None:
 def test_what_was_done_is_printed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["deploy", str(model), "--budget", "1GiB", "--context", "32"]) == 0
     shown = capsys.readouterr()
-    assert f"llama, 4 layers, of {model}" in shown.out
+    assert f"llama, 4 layers, of {model}, run by the engine" in shown.out
     assert "no layer changed" in shown.out
     assert "budget: 1.0 GiB (given)" in shown.err
     scores = save_importance(tmp_path / "importance.json", model, {"jaccard": [0.1, 0.9, 0.7, 0.4]})
@@ -68,8 +68,11 @@ def test_what_was_done_is_printed(model: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_plan_decides(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_plan(fingerprint(model), 4).write(tmp_path / "plan.json")
-    assert main(["deploy", str(model), "--plan", str(tmp_path / "plan.json")]) == 0
-    assert "16 → 4 bits: 28 modules of layers 0-3" in capsys.readouterr().out
+    for backend, name in (("engine", "the engine"), ("torch", "PyTorch")):
+        assert main(["deploy", str(model), "--plan", str(tmp_path / "plan.json"), "--backend", backend]) == 0
+        shown = capsys.readouterr().out
+        assert f"run by {name}\n" in shown
+        assert "16 → 4 bits: 28 modules of layers 0-3" in shown
 
 
 @pytest.mark.parametrize(

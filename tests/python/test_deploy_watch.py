@@ -37,9 +37,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "dense")
 
 
-@pytest.fixture
-def deployment(dense: Path) -> Deployment:
-    return qtale.deploy(dense, "1GiB", options=OPTIONS, progress=False)
+@pytest.fixture(params=["engine", "torch"])
+def deployment(request: pytest.FixtureRequest, dense: Path) -> Deployment:
+    return qtale.deploy(dense, "1GiB", options=OPTIONS, backend=request.param, progress=False)
 
 
 def steps(watcher: Watcher, count: int) -> list[DeployReport]:

@@ -18,7 +18,8 @@ from qtale import QuantSpec, _core, ops
 from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.engine.arena import Arena, memory_of
 from qtale.engine.cache import PackedCache
-from qtale.engine.layout import Layout, WeightOptions, plan_layout
+from qtale.engine.layout import WeightOptions, plan_layout
+from qtale.engine.regions import Layout
 from qtale.engine.spec import read_spec
 from qtale.engine.weights import check_memory, read_weights
 from qtale.errors import CheckpointError, Error, InputError, UnsupportedError

@@ -32,8 +32,8 @@ from qtale.memory import (
     usable_devices,
 )
 from qtale.memory.devices import _cpu
-from qtale.memory.needed import MODULE_BYTES
 from qtale.memory.nvml import Gpu, visible
+from qtale.memory.runtime import MODULE_BYTES
 
 GIB = 1 << 30
 

@@ -29,19 +29,30 @@ def status(field):
     lines = (line.split() for line in open("/proc/self/status"))
     return next(int(fields[1]) << 10 for fields in lines if fields[0] == field + ":")
 
-def run(folder, context, batch):
+def mark():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+def run_engine(folder, context, batch):
+    engine = qtale.load(folder, progress=False)
+    loaded = status("VmRSS")
+    mark()
+    engine.generate([[1 + i] * (context - 2) for i in range(batch)], 2, ignore_end=True)
+    return loaded, status("VmHWM")
+
+def run_torch(folder, context, batch):
     model = qtale.load_torch(folder)
     loaded = status("VmRSS")
     if not context:
         return loaded, loaded
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    mark()
     with torch.no_grad():
         kept = model(torch.ones(batch, context, dtype=torch.long), use_cache=True, logits_to_keep=1)
     return loaded, status("VmHWM")
 
 torch.set_num_threads(1)
-small, large, context, batch = sys.argv[1:]
+backend, small, large, context, batch = sys.argv[1:]
+run = {"engine": run_engine, "torch": run_torch}[backend]
 run(small, 16, 1)
 before = status("VmRSS")
 loaded, peak = run(large, int(context), int(batch))
@@ -49,8 +60,10 @@ print(json.dumps({"loaded": loaded - before, "peak": peak - before}))
 """
 
 
-def measured(small: Path, large: Path, context: int, **environment: str) -> dict[str, int]:
-    command = [sys.executable, "-c", SCRIPT, str(small), str(large), str(context), str(BATCH)]
+def measured(
+    backend: str, small: Path, large: Path, context: int, batch: int = BATCH, **environment: str
+) -> dict[str, int]:
+    command = [sys.executable, "-c", SCRIPT, backend, str(small), str(large), str(context), str(batch)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if "clear_refs" in run.stderr:
         pytest.skip("this kernel does not reset the peak of a process")
@@ -76,14 +89,35 @@ def plan(demo_model: Path) -> Plan:
     return Plan.from_json(value)
 
 
-def test_a_process_takes_what_was_predicted(demo_model: Path, small: Path, plan: Plan, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def mixed(demo_model: Path, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not sys.platform.startswith("linux"):
         pytest.skip("reads the memory of a process from Linux' /proc")
+    folder = tmp_path_factory.mktemp("mixed") / "model"
+    qtale.quantize(demo_model, folder, plan=plan, progress=False)
+    # The engine reads the tokenizer too, which is no part of the model.
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    return folder
+
+
+def test_a_process_takes_what_was_predicted(demo_model: Path, small: Path, plan: Plan, mixed: Path) -> None:
     needs = needed(shape_of_folder(open_folder(demo_model)), plan.spec_of, context=CONTEXT, batch=BATCH)
-    qtale.quantize(demo_model, tmp_path / "mixed", plan=plan, progress=False)
-    found = measured(small, tmp_path / "mixed", CONTEXT, MALLOC_MMAP_THRESHOLD_="65536")
+    found = measured("torch", small, mixed, CONTEXT, MALLOC_MMAP_THRESHOLD_="65536")
     assert found["loaded"] == pytest.approx(needs.weights, rel=0.03)
     assert found["peak"] == pytest.approx(needs.total, rel=0.03)
     assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12)
     # With the allocator's own settings its heap keeps gaps during a run, but what stays is the same.
-    assert measured(small, tmp_path / "mixed", 0)["loaded"] == pytest.approx(needs.weights, rel=0.03)
+    assert measured("torch", small, mixed, 0)["loaded"] == pytest.approx(needs.weights, rel=0.03)
+
+
+@pytest.mark.parametrize(("context", "batch"), [(256, 2), (1024, 2), (2048, 1)])
+def test_the_engine_takes_what_was_predicted(
+    demo_model: Path, small: Path, plan: Plan, mixed: Path, context: int, batch: int
+) -> None:
+    shape = shape_of_folder(open_folder(demo_model))
+    needs = needed(shape, plan.spec_of, context=context, batch=batch, backend="engine")
+    found = measured("engine", small, mixed, context, batch)
+    assert found["loaded"] == pytest.approx(needs.weights, rel=0.03)
+    assert found["peak"] == pytest.approx(needs.total, rel=0.03)
+    assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12)

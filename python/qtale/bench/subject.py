@@ -11,10 +11,11 @@ import numpy as np
 
 from qtale import _core
 from qtale.engine.arena import memory_of
-from qtale.engine.layout import Block
 from qtale.engine.model import LoadedModel
-from qtale.engine.passes import PASS_TOKENS, CallReport, Passes
+from qtale.engine.passes import CallReport, Passes
+from qtale.engine.regions import Block
 from qtale.errors import InputError
+from qtale.memory.runtime import PASS_TOKENS
 
 if TYPE_CHECKING:
     from qtale.tensors import Memory
@@ -54,7 +55,7 @@ class Subject:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.spec = model.spec
-        self.passes = Passes(model.decoder, model.spec.vocab_size, model.context)
+        self.passes = Passes(model.make_decoder(), model.spec.vocab_size, model.context)
         self._tokens = np.random.default_rng(_SEED).integers(0, self.spec.vocab_size, model.context, dtype=np.int32)
         self._next = 0
         self._layers = [self._blocks(f"layers.{i}.{part}") for i in range(self.spec.num_layers) for part in _PARTS]
@@ -81,7 +82,7 @@ class Subject:
 
     @property
     def weights(self) -> Memory:
-        """The memory that each decoded token reads: it lies in one piece, norms among it."""
+        """The memory that each decoded token reads: it lies in one piece."""
         blocks = [block for part in (*self._layers, self._head) for block in part]
         start, end = min(block.offset for block in blocks), max(block.offset + block.nbytes for block in blocks)
         return memory_of(self.model.arena.view(start, end - start), "uint8")

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, metavar="N", help="sequences at a time (default 1)")
     parser.add_argument("--errors", metavar="FILE", help="keep the table of rounding errors here between runs")
     parser.add_argument("--compute", choices=("int8", "float"), default="int8", help="how quantized layers multiply")
+    parser.add_argument(
+        "--backend", choices=("auto", "engine", "torch"), default="auto", help="what runs it; default auto: the engine"
+    )
     parser.add_argument("--watch", action="store_true", help="follow the free memory until Ctrl-C")
     parser.add_argument("--interval", type=float, metavar="SECONDS", help="time between looks of --watch (default 5)")
     parser.add_argument("--json", action="store_true", help="print a JSON object; with --watch, one for each change")
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         options=_options(args),
         errors=args.errors,
         compute=args.compute,
+        backend=args.backend,
         progress=sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"),
     )
     _print(deployment.report, args.json)

@@ -28,8 +28,8 @@ class DeployReport:
 
     ``changes`` are in model order, a first load counting from the weights as stored. ``weights_bytes`` is what all
     weights take now, ``stored_bytes`` what they would take as stored, ``reserve_bytes`` is what the plan keeps beside
-    them. ``budget_bytes`` and its ``budget_source`` are None where a plan was given. Resident sizes are those of the
-    whole process, None where the system does not tell.
+    them; ``backend`` ("engine" or "torch") is what runs them. ``budget_bytes`` and its ``budget_source`` are None where
+    a plan was given. Resident sizes are those of the whole process, None where the system does not tell.
     """
 
     model: str
@@ -43,6 +43,7 @@ class DeployReport:
     resident_before: int | None
     resident_after: int | None
     seconds: float
+    backend: str
 
     @property
     def bytes_freed(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -14,36 +13,39 @@ from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.checkpoint.identity import fingerprint
 from qtale.deployment.change import DeployReport, ModuleChange
 from qtale.deployment.heap import release, resident_bytes
-from qtale.deployment.layers import Specs, bits_of, build_model, make_layer, mark_config, specs_of
+from qtale.deployment.layers import bits_of, specs_of
 from qtale.deployment.room import Probe, cpu_devices, room, room_to_follow
+from qtale.deployment.running import Running, Specs, Step, change
+from qtale.deployment.source import check_backend, chosen_backend, find_source
 from qtale.errors import CheckpointError, InputError
 from qtale.importance.file import Importance
 from qtale.memory.devices import AUTO, Budget
 from qtale.memory.needed import Needs, linear_bytes, needed
+from qtale.memory.runtime import ENGINE
 from qtale.memory.sizes import human_bytes
 from qtale.planner.make import Planner
 from qtale.planner.options import Options
 from qtale.planner.plan import Plan
 from qtale.planner.problem import BudgetError
-from qtale.planner.source import Source, open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qtale.engine.engine import Engine
+
 _logger = logging.getLogger("qtale")
-# Freed memory goes back to the system whenever this much was read.
-_RELEASE_BYTES = 8 << 20
 
 
 class Deployment:
     """A running model and the plan that it runs under; made by :func:`deploy`.
 
-    ``model`` is an ordinary transformers model, ``plan`` what it runs under, ``report`` what was done last. Calls of
-    :meth:`generate` and :meth:`replan` wait for one another, so both may come from different threads.
+    ``plan`` is what it runs under, ``report`` what was done last. What runs is :attr:`engine` or :attr:`model`, as
+    ``backend`` says. Calls of :meth:`generate` and :meth:`replan` wait for one another, so both may come from different
+    threads. Streams and sessions of an engine that are open while its weights change end with InputError.
     """
 
-    model: PreTrainedModel
     report: DeployReport
+    _running: Running
 
     def __init__(self, planner: Planner, budget: int | str, compute: str, progress: bool, probe: Probe) -> None:
         self.planner = planner
@@ -52,9 +54,36 @@ class Deployment:
         self._progress = progress
         self._probe = probe
         self._lock = threading.RLock()
-        self._specs: dict[str, Any] = {}
+        # Those of what runs, from the load on.
+        self._specs: Specs = {}
         shape = planner.source.shape
         self._shapes = {linear.name: linear for linear in (*shape.linears, *([shape.head] if shape.head else []))}
+
+    @property
+    def backend(self) -> str:
+        """What runs the model: "engine" or "torch"."""
+        return self.planner.backend
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs the model; InputError where PyTorch does."""
+        from qtale.deployment.engine_model import EngineModel
+
+        if not isinstance(self._running, EngineModel):
+            raise InputError("deploy: PyTorch runs this model, so it has no engine; use .model.")
+        return self._running.engine
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model that runs; InputError where the engine does."""
+        from qtale.deployment.torch_model import TorchModel
+
+        if not isinstance(self._running, TorchModel):
+            raise InputError(
+                "deploy: the engine runs this model, so there is no transformers model; use .engine, or deploy with "
+                "backend='torch'."
+            )
+        return self._running.model
 
     @property
     def plan(self) -> Plan:
@@ -72,9 +101,9 @@ class Deployment:
         return self.weights_bytes + self.planner.reserve_bytes
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``model.generate`` with the same arguments, while no change of plan is under way."""
+        """``generate`` of the engine or the model with the same arguments, while no change of plan is under way."""
         with self._lock:
-            return self.model.generate(*args, **kwargs)
+            return self._running.generate(*args, **kwargs)
 
     def room(self) -> Budget:
         """The memory that the model may take now under its budget, what it holds included."""
@@ -87,10 +116,11 @@ class Deployment:
     def replan(self, budget: int | str | None = None, *, plan: Plan | str | Path | None = None) -> DeployReport:
         """Follow a new budget (None: the last one, looked up again) or a given plan, in place.
 
-        Only modules whose bits or groups change are made anew, from the weights on disk, those that shrink first; what
-        that frees goes back to the system. Nothing else of the model is touched. On an error the model is as it was:
-        BudgetError (an InputError) where nothing fits, InputError for a plan of another model, CheckpointError where
-        the folder was changed or cannot be read.
+        Only modules whose bits or groups change are made anew, from the weights on disk, those that shrink first (an
+        engine's with those that share their product: q, k and v, gate and up); what that frees goes back to the
+        system. Nothing else of the model is touched. On an error the model is as it was: BudgetError (an InputError)
+        where nothing fits, InputError for a plan of another model, CheckpointError where the folder was changed or
+        cannot be read, Error where the system gives no memory.
         """
         with self._lock:
             start, before = time.perf_counter(), resident_bytes()
@@ -98,9 +128,7 @@ class Deployment:
             found, chosen = self._chosen(budget, plan)
             specs = specs_of(folder, chosen)
             old = dict(self._specs)
-            self._change(folder, specs)
-            mark_config(self.model, self._specs)
-            release()
+            change(self._running, folder, specs, self._bar)
             if budget is not None:
                 self._budget = budget
             return self._reported(chosen, found, old, before, start)
@@ -110,13 +138,20 @@ class Deployment:
         start, before = time.perf_counter(), resident_bytes()
         found, chosen = self._chosen(None, plan)
         specs = specs_of(self._folder, chosen)
-        self.model = build_model(self._folder, specs, self.compute, self._progress)
-        self._specs = specs
+        self._running = self._built(specs)
+        self._specs = self._running.specs
         release()
         return self._reported(chosen, found, dict.fromkeys(specs), before, start)
 
     def __repr__(self) -> str:
-        return f"Deployment({self._folder.path}, weights {human_bytes(self.weights_bytes)})"
+        return f"Deployment({self._folder.path}, {self.backend}, weights {human_bytes(self.weights_bytes)})"
+
+    def _built(self, specs: Specs) -> Running:
+        from qtale.deployment.engine_model import EngineModel
+        from qtale.deployment.torch_model import TorchModel
+
+        kind = EngineModel if self.backend == ENGINE else TorchModel
+        return kind(self._folder, specs, self._shapes, self.compute, self._progress)
 
     @property
     def _folder(self) -> ModelFolder:
@@ -155,57 +190,10 @@ class Deployment:
                 f"{human_bytes(found.num_bytes)} there are ({found.source}); give a smaller plan, or free memory.",
             )
 
-    def _change(self, folder: ModelFolder, specs: Specs) -> None:
-        """Make the modules that differ anew, each put in place whole; on an error those done are taken back."""
-        growth = {
-            name: self._size(name, spec) - self._size(name, self._specs[name])
-            for name, spec in specs.items()
-            if spec != self._specs[name]
-        }
-        old = dict(self._specs)
-        done: list[str] = []
-        try:
-            handled = 0
-            for name in self._bar(sorted(growth, key=lambda name: growth[name])):
-                self._put(folder, name, specs[name])
-                done.append(name)
-                handled += self._shapes[name].stored_bytes
-                # What small pieces leave behind would otherwise pile up until the end.
-                if handled >= _RELEASE_BYTES:
-                    handled = 0
-                    release()
-        except BaseException as error:
-            self._take_back(folder, done, old, error)
-            raise
-
-    def _take_back(self, folder: ModelFolder, done: Sequence[str], old: Specs, cause: BaseException) -> None:
-        stuck = []
-        for name in reversed(done):
-            try:
-                self._put(folder, name, old[name])
-            # Whatever hinders one module must not keep the others from going back.
-            except Exception:
-                stuck.append(name)
-        mark_config(self.model, self._specs)
-        release()
-        if stuck:
-            raise CheckpointError(
-                f"{cause} The change could not be taken back in {len(stuck)} modules, {stuck[0]} the first, which keep "
-                "the bits they got; the model still runs. Deploy anew when the files are readable."
-            ) from cause
-
-    def _put(self, folder: ModelFolder, name: str, spec: Any) -> None:
-        from qtale.nn import set_module
-
-        old: Any = self.model.get_submodule(name)
-        layer = make_layer(folder, name, spec, old, old.bias, self.model.dtype, self.compute)
-        set_module(self.model, name, layer)
-        self._specs[name] = spec
-
-    def _bar(self, modules: Sequence[str]) -> Any:
+    def _bar(self, steps: Sequence[Step]) -> Any:
         from tqdm.auto import tqdm
 
-        return tqdm(modules, desc="replanning", unit="layer", leave=False, delay=1, disable=not self._progress)
+        return tqdm(steps, desc="replanning", unit="layer", leave=False, delay=1, disable=not self._progress)
 
     def _size(self, name: str, spec: Any) -> int:
         return linear_bytes(self._shapes[name], spec)
@@ -216,7 +204,7 @@ class Deployment:
 
     @property
     def _stored(self) -> Needs:
-        return needed(self.planner.source.shape, lambda _: None, context=0, batch=1)
+        return needed(self.planner.source.shape, lambda _: None, context=0, batch=1, backend=self.backend)
 
     def _reported(
         self, plan: Plan, found: Budget | None, old: Specs, resident: int | None, start: float
@@ -238,6 +226,7 @@ class Deployment:
             resident_before=resident,
             resident_after=resident_bytes(),
             seconds=time.perf_counter() - start,
+            backend=self.backend,
         )
         return self.report
 
@@ -251,6 +240,7 @@ def deploy(
     options: Options | None = None,
     errors: str | Path | None = None,
     compute: str = "int8",
+    backend: str = AUTO,
     progress: bool = True,
     probe: Probe = cpu_devices,
 ) -> Deployment:
@@ -260,32 +250,21 @@ def deploy(
     ``QTALE_MEMORY_BUDGET``, else the free main memory but for 5 %. Bits follow ``plan`` (a plan or its file), which
     must fit the budget, or are chosen under ``options``: by the scores of ``importance`` (or its file) where given,
     else by rounding errors alone, which need no data; ``errors`` is a file that keeps those between runs. ``compute``
-    is as in :func:`qtale.load_torch`. One tensor is read at a time; layers at 16 bits are plain Linears in the stored
-    dtype. ``probe`` replaces the look at the memory.
+    is as in :func:`qtale.load`. ``backend`` is "engine" (C++), "torch", or "auto": the engine where it runs the model.
+    One tensor is read at a time; layers at 16 bits stay in the stored dtype. ``probe`` replaces the look at the memory.
 
     Raises BudgetError (an InputError) where nothing fits, naming the least budget that would; InputError for wrong
     values and for a plan or scores of another model; CheckpointError and UnsupportedError for models that cannot run.
     """
+    check_backend(backend)
     if compute not in ("int8", "float"):
         raise InputError(f"deploy: compute {compute!r} is not a mode; use 'int8' or 'float'.")
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.read(plan)
     if options is None:
         options = Options() if plan is None else Options.of_plan(plan)
-    planner = Planner(_source(model, importance), options.resolved(), errors, progress)
+    source = find_source(model, importance)
+    planner = Planner(source, options.resolved(), errors, progress, chosen_backend(backend, source))
     deployment = Deployment(planner, budget, compute, progress, probe)
     deployment.load(plan)
     return deployment
-
-
-def _source(model: str | Path, importance: Importance | str | Path | None) -> Source:
-    open_folder(model)
-    if importance is None or isinstance(importance, Importance):
-        source = dataclasses.replace(open_source(model), importance=importance)
-        if importance is not None:
-            importance.check_model(source.model.fingerprint)
-        return source
-    source = open_source(importance, model)
-    if source.importance is None:
-        raise InputError(f"deploy: {importance} is no importance.json; make one with `qtale measure`.")
-    return source

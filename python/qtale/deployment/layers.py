@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qtale import names
 from qtale.checkpoint.folder import ModelFolder
+from qtale.deployment.running import Specs
 from qtale.errors import CheckpointError, InputError, UnsupportedError
 from qtale.format.config import build_config
 from qtale.ptq.worklist import HEAD, list_work, planned_overrides
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from qtale.planner.plan import Plan
 
-Specs = Mapping[str, ResolvedSpec | None]
 AS_STORED = 16
 
 

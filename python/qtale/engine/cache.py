@@ -22,7 +22,7 @@ from qtale.checkpoint.identity import fingerprint
 from qtale.checkpoint.safetensors import Shard, read_header
 from qtale.checkpoint.writer import ShardWriter, TensorShape
 from qtale.engine.arena import Arena
-from qtale.engine.layout import Layout
+from qtale.engine.regions import Layout
 from qtale.errors import CheckpointError, InputError
 
 _logger = logging.getLogger("qtale")
@@ -80,6 +80,8 @@ class PackedCache:
                 raise CheckpointError(f"{self.path}: its sums differ.")
         except (CheckpointError, OSError) as error:
             _logger.warning("the packed weights in the cache are not used and written anew: %s", error)
+            # Nothing of it may stay between the blocks.
+            arena.bytes.fill(0)
             return False
         return True
 

@@ -11,17 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from qtale.checkpoint.folder import open_folder
+from qtale.checkpoint.folder import ModelFolder, open_folder
+from qtale.engine.change import WeightChange
 from qtale.engine.generate import Batch, Generation, Piece, make_tracks
 from qtale.engine.inputs import Inputs, Prompt, token_of
 from qtale.engine.layout import WeightOptions
 from qtale.engine.model import LoadedModel, LoadOptions, LoadReport
-from qtale.engine.passes import PASS_TOKENS, CallReport, Passes
+from qtale.engine.passes import CallReport, Passes
 from qtale.engine.sampling import Sampling, token_sources
 from qtale.engine.score import loglikelihoods
 from qtale.engine.session import Session
 from qtale.engine.tokenizer import Tokenizer, end_tokens
 from qtale.errors import InputError
+from qtale.memory.runtime import PASS_TOKENS
 from qtale.memory.sizes import human_bytes
 from qtale.spec import QuantSpec
 
@@ -66,7 +68,17 @@ def load(
     quantize = None if bits is None else QuantSpec(bits, _group(group_size), symmetric)
     weights = WeightOptions(quantize, lm_head_bits)
     options = LoadOptions(compute, context, kv_dtype, kv_rule, num_threads)
-    folder = open_folder(model)
+    return load_folder(open_folder(model), weights, options, cache, progress)
+
+
+def load_folder(
+    folder: ModelFolder,
+    weights: WeightOptions,
+    options: LoadOptions,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> Engine:
+    """As :func:`load`, of a folder that is open, with options that are checked."""
     ends = end_tokens(folder.path, folder.config)
     return Engine(LoadedModel(folder, weights, options, cache, progress), folder.path, ends)
 
@@ -86,7 +98,7 @@ class Engine:
 
     def __init__(self, model: LoadedModel, path: Path, ends: frozenset[int] = frozenset()) -> None:
         self._model: LoadedModel | None = model
-        self._passes = Passes(model.decoder, model.spec.vocab_size, model.context)
+        self._passes = Passes(model.make_decoder(), model.spec.vocab_size, model.context)
         self._inputs = Inputs(path, model.spec.vocab_size, model.context, ends)
         self._theta = model.routing.theta
         self.path = path
@@ -214,8 +226,7 @@ class Engine:
     def theta(self, value: float) -> None:
         if not 0.0 <= float(value) <= 1.0:
             raise InputError(f"theta {value!r} must be a probability from 0 to 1.")
-        with self._passes.lock:
-            self._passes.decoder.set_theta(float(value))
+        self._passes.set_theta(float(value))
         self._theta = float(value)
 
     def set_depth(self, layers: Sequence[int] | None) -> None:
@@ -230,8 +241,13 @@ class Engine:
                 raise InputError(f"set_depth: there is no layer {wrong}; they are 0 to {self.spec.num_layers - 1}.")
             chosen = set(layers)
             runs = [layer in chosen for layer in range(self.spec.num_layers)]
-        with self._passes.lock:
-            self._passes.decoder.set_depth(runs)
+        self._passes.set_depth(runs)
+
+    def change(self) -> WeightChange:
+        """Other bits for some of the weights, as :meth:`qtale.Deployment.replan` gives them; a context manager."""
+        if self._model is None:
+            raise InputError("the engine is closed; load the model again.")
+        return WeightChange(self._model, self._passes)
 
     def close(self) -> None:
         """Free weights and caches; later calls raise InputError."""
@@ -249,7 +265,7 @@ class Engine:
         state = "closed"
         if self._model is not None:
             bits = ", ".join(map(str, self._model.layout.bits))
-            state = f"weights of {bits} bits in {human_bytes(self.load_report.weights_bytes)}"
+            state = f"weights of {bits} bits in {human_bytes(self._model.layout.nbytes)}"
         return (
             f"Engine({self.path.name}: {spec.model_type}, {spec.num_layers} layers of {spec.hidden_size}, "
             f"context {self.context}, {state})"

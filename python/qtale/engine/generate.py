@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qtale.engine.inputs import Inputs
-from qtale.engine.passes import PASS_TOKENS, CallReport, Floats, Passes, Segment
+from qtale.engine.passes import CallReport, Floats, Passes, Segment
 from qtale.engine.sampling import Sampling, TokenSource, choose
 from qtale.engine.text import StoppedText, checked_stops
 from qtale.engine.tokenizer import Tokenizer
 from qtale.errors import InputError
+from qtale.memory.runtime import PASS_TOKENS
 
 # Sequences that run at a time; more wait until one ends.
 MAX_BATCH = 32

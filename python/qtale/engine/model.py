@@ -1,4 +1,4 @@
-"""A loaded decoder: the arena of its weights, and the core's Decoder over them."""
+"""A loaded model: the memory of its weights, and decoders of the core over them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from qtale import _core
 from qtale.checkpoint.folder import ModelFolder
 from qtale.engine.arena import Arena, memory_of
 from qtale.engine.cache import PackedCache
-from qtale.engine.layout import Block, Layout, WeightOptions, plan_layout
+from qtale.engine.layout import WeightOptions, plan_layout
+from qtale.engine.regions import FIXED, Block, Layout
 from qtale.engine.spec import DecoderSpec, read_spec
 from qtale.engine.weights import check_memory, read_weights
 from qtale.errors import CheckpointError, InputError
@@ -64,7 +65,7 @@ class LoadReport:
 
 
 class LoadedModel:
-    """Weights and decoder of one folder; the arena lives as long as this does."""
+    """Weights of one folder; ``arena`` is what loading filled, of which regions may move away."""
 
     def __init__(
         self,
@@ -95,7 +96,8 @@ class LoadedModel:
             read_weights(folder, self.layout, self.arena, progress)
             if kept is not None:
                 kept.write(self.arena)
-        self.decoder = self._decoder(where)
+        self._homes = {name: (self.arena, region.offset) for name, region in self.layout.regions.items()}
+        self._where = where
         self.report = LoadReport(self.layout.nbytes, time.perf_counter() - start, from_cache)
 
     @property
@@ -105,17 +107,28 @@ class LoadedModel:
             return self.options.kv_dtype
         return "float32" if self.layout.blocks["embedding"].sources[0].dtype == "float32" else "float16"
 
-    def _decoder(self, where: str) -> _core.Decoder:
+    def move(self, region: str, layout: Layout, arena: Arena, offset: int) -> None:
+        """Let a region be what it is in another layout, at ``offset`` of ``arena``; its old memory is given back.
+
+        No decoder made before may be used afterwards.
+        """
+        (old, at), nbytes = self._homes[region], self.layout.regions[region].nbytes
+        self.layout.take(region, layout)
+        self._homes[region] = arena, offset
+        old.release(at, nbytes)
+
+    def make_decoder(self) -> _core.Decoder:
+        """A decoder over the weights as they lie now; CheckpointError where they do not fit each other."""
         try:
             decoder = _core.Decoder(
                 self._config(),
-                self._memory("embedding"),
-                self._memory("final_norm"),
+                self._memory("embedding", FIXED),
+                self._memory("final_norm", FIXED),
                 self._parts("head")[0],
                 [self._layer(index) for index in range(self.spec.num_layers)],
             )
         except InputError as error:
-            raise CheckpointError(f"{where}: its weights give no decoder: {error}") from error
+            raise CheckpointError(f"{self._where}: its weights give no decoder: {error}") from error
         decoder.set_theta(self.routing.theta)
         decoder.set_forced_tokens(self.routing.forced_tokens)
         decoder.set_num_threads(self.options.num_threads or 0)
@@ -146,13 +159,13 @@ class LoadedModel:
     def _layer(self, index: int) -> dict[str, Any]:
         at = f"layers.{index}"
         layer: dict[str, Any] = {
-            "input_norm": self._memory(f"{at}.input_norm"),
-            "post_norm": self._memory(f"{at}.post_norm"),
+            "input_norm": self._memory(f"{at}.input_norm", FIXED),
+            "post_norm": self._memory(f"{at}.post_norm", FIXED),
             "window": self.spec.windows[index],
             "router": self._router(index),
         }
         if self.spec.qk_norm:
-            layer |= {name: self._memory(f"{at}.{name}") for name in ("q_norm", "k_norm")}
+            layer |= {name: self._memory(f"{at}.{name}", FIXED) for name in ("q_norm", "k_norm")}
         return layer | {name: self._parts(f"{at}.{name}") for name in ("qkv", "o", "gate_up", "down")}
 
     def _router(self, index: int) -> dict[str, Any] | None:
@@ -162,12 +175,17 @@ class LoadedModel:
         return {"norm_eps": router.norm_eps} | {name: memory(array) for name, array in router.tensors().items()}
 
     def _parts(self, projection: str) -> list[Part]:
-        named = self.layout.projections[projection]
-        return [(self._memory(weight), None if bias is None else self._memory(bias)) for weight, bias in named]
+        # A tied head is the embedding, which lies among what never changes.
+        region = projection if projection in self.layout.regions else FIXED
+        return [
+            (self._memory(weight, region), None if bias is None else self._memory(bias, region))
+            for weight, bias in self.layout.projections[projection]
+        ]
 
-    def _memory(self, name: str) -> Memory:
-        block = self.layout.blocks[name]
-        return memory_of(self.arena.view(block.offset, block.nbytes), *_form(block))
+    def _memory(self, name: str, region: str) -> Memory:
+        block, (arena, home) = self.layout.blocks[name], self._homes[region]
+        offset = home + block.offset - self.layout.regions[region].offset
+        return memory_of(arena.view(offset, block.nbytes), *_form(block))
 
 
 def _form(block: Block) -> tuple[str, tuple[int, ...]]:

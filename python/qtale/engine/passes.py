@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 Segment = tuple[int, int, int]
 Floats = npt.NDArray[np.float32]
 
-# Rows of one forward call: enough to keep the kernels busy, few enough to stay in caches and to stop soon.
-PASS_TOKENS = 512
-
 
 @dataclass
 class CallReport:
@@ -43,13 +40,20 @@ class CallReport:
 
 
 class Passes:
-    """The decoder behind a lock that is held for one pass at a time, so that threads take turns."""
+    """The decoder behind a lock that is held for one pass at a time, so that threads take turns.
+
+    Sequences are numbers that stay unique when another decoder takes the place of this one, which ends them.
+    """
 
     def __init__(self, decoder: _core.Decoder, vocab_size: int, context: int) -> None:
         self._decoder: _core.Decoder | None = decoder
         self.vocab_size = vocab_size
         self.context = context
         self.lock = threading.RLock()
+        self._theta: float | None = None
+        self._depth: list[bool] | None = None
+        # The decoder's own sequence 0, and the number after all that were given out.
+        self._first = self._next = 0
 
     @property
     def decoder(self) -> _core.Decoder:
@@ -62,6 +66,26 @@ class Passes:
         """Let go of the decoder and its caches."""
         with self.lock:
             self._decoder = None
+
+    def replace(self, decoder: _core.Decoder) -> None:
+        """Go on with another decoder, set as this one was; sequences that are open end."""
+        with self.lock:
+            if self._theta is not None:
+                decoder.set_theta(self._theta)
+            decoder.set_depth(self._depth)
+            self._first, self._decoder = self._next, decoder
+
+    def set_theta(self, theta: float) -> None:
+        """See :attr:`Engine.theta`."""
+        with self.lock:
+            self.decoder.set_theta(theta)
+            self._theta = theta
+
+    def set_depth(self, runs: list[bool] | None) -> None:
+        """Whether each layer runs, None for all; see :meth:`Engine.set_depth`."""
+        with self.lock:
+            self.decoder.set_depth(runs)
+            self._depth = runs
 
     @contextmanager
     def sequences(self, count: int) -> Iterator[list[int]]:
@@ -77,23 +101,26 @@ class Passes:
     def add(self) -> int:
         """A new empty sequence."""
         with self.lock:
-            return int(self.decoder.add_sequence())
+            sequence = self._first + int(self.decoder.add_sequence())
+            self._next = max(self._next, sequence + 1)
+            return sequence
 
     def remove(self, sequence: int) -> None:
-        """Forget a sequence; nothing happens on a closed engine."""
+        """Forget a sequence; nothing happens where it ended with its decoder."""
         with self.lock:
-            if self._decoder is not None:
-                self._decoder.remove_sequence(sequence)
+            if self._decoder is not None and sequence >= self._first:
+                self._decoder.remove_sequence(sequence - self._first)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget a sequence's tokens from ``length`` on."""
         with self.lock:
-            self.decoder.truncate(sequence, length)
+            self.decoder.truncate(self._own(sequence), length)
 
     def length(self, sequence: int) -> int:
-        """Tokens that a sequence holds; 0 on a closed engine."""
+        """Tokens that a sequence holds; 0 where it ended with its decoder."""
         with self.lock:
-            return 0 if self._decoder is None else int(self._decoder.length(sequence))
+            ended = self._decoder is None or sequence < self._first
+            return 0 if ended else int(self.decoder.length(sequence - self._first))
 
     def forward(
         self,
@@ -110,7 +137,10 @@ class Passes:
         logits = out[: len(rows)]
         with self.lock:
             self.decoder.forward(
-                list(segments), memory_of(ids, "int32"), memory_of(rows, "int64"), memory_of(logits, "float32")
+                self._segments(segments),
+                memory_of(ids, "int32"),
+                memory_of(rows, "int64"),
+                memory_of(logits, "float32"),
             )
             self._note(report)
         return logits
@@ -128,7 +158,7 @@ class Passes:
         values, best = np.empty(len(keep), dtype=np.float32), np.empty(len(keep), dtype=np.uint8)
         with self.lock:
             self.decoder.score(
-                list(segments),
+                self._segments(segments),
                 memory_of(ids, "int32"),
                 memory_of(keep, "int64"),
                 memory_of(targets, "int32"),
@@ -137,6 +167,21 @@ class Passes:
             )
             self._note(report)
         return values, best.astype(bool)
+
+    def _own(self, sequence: int) -> int:
+        """The decoder's own number of a sequence; -1, which is none, stays."""
+        if sequence < 0:
+            return sequence
+        if sequence < self._first:
+            raise InputError("the engine's weights were changed while this sequence was open; begin it anew.")
+        return sequence - self._first
+
+    def _segments(self, segments: Sequence[Segment]) -> list[Segment]:
+        # A closed engine says so before its sequences are looked at.
+        _ = self.decoder
+        if not self._first:
+            return list(segments)
+        return [(self._own(sequence), self._own(parent), count) for sequence, parent, count in segments]
 
     def _note(self, report: CallReport) -> None:
         tokens, executed = self.decoder.report()

@@ -12,7 +12,7 @@ from qtale import _core
 from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.safetensors import read_into
 from qtale.engine.arena import Arena, memory_of
-from qtale.engine.layout import Block, Layout, Source
+from qtale.engine.regions import Block, Layout, Source
 from qtale.errors import CheckpointError, Error, InputError
 from qtale.format.tensors import PACKED, SCALE, ZERO_POINT
 from qtale.memory import host

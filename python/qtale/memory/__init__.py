@@ -3,9 +3,10 @@
     memory.devices()                                         # the CPU, and CUDA devices that are visible
     memory.budget("auto").num_bytes                          # QTALE_MEMORY_BUDGET, else the most that is free
     shape = memory.shape_of_folder(checkpoint.open_folder("model"))
-    memory.needed(shape, plan.spec_of, context=2048, batch=1).total
+    memory.needed(shape, plan.spec_of, context=2048, batch=1, backend="engine").total
 
-Needs are those of :func:`qtale.load_torch` on this CPU: weights prepacked for its kernels, from headers alone.
+Needs are those of the engine, or by default of :func:`qtale.load_torch`, on this CPU: weights prepacked for its
+kernels, from headers alone.
 """
 
 from qtale.memory.devices import Budget, Device, budget, devices, most_free, usable_devices

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qtale.checkpoint.safetensors import ITEM_BYTES
 from qtale.errors import InputError
+from qtale.memory.runtime import TORCH, runtime
 from qtale.memory.shape import LinearShape, ModelShape
 from qtale.spec import QuantSpec, ResolvedSpec
 
 SpecOf = Callable[[str], QuantSpec | None]
 _CORE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# A module's Python objects and the unused ends of the pages that its tensors lie on; measured.
-MODULE_BYTES = 10 << 10
-# Inputs that share one activation scale of 4 bytes in the int8 product.
-_ACTIVATION_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -57,11 +53,12 @@ def linear_bytes(linear: LinearShape, spec: QuantSpec | ResolvedSpec | None) -> 
     )
 
 
-def needed(shape: ModelShape, spec_of: SpecOf, *, context: int, batch: int) -> Needs:
-    """What :func:`qtale.load_torch` makes of the model, run on ``batch`` sequences of ``context`` tokens.
+def needed(shape: ModelShape, spec_of: SpecOf, *, context: int, batch: int, backend: str = TORCH) -> Needs:
+    """What a model takes that runs on ``batch`` sequences of ``context`` tokens.
 
     ``spec_of`` gives the spec of a Linear by its full name, None where it stays as stored (``Plan.spec_of``).
-    Raises InputError for a negative context or a batch below 1.
+    ``backend`` is "torch" (what :func:`qtale.load_torch` makes of it) or "engine" (:func:`qtale.load`).
+    Raises InputError for a negative context, a batch below 1 or another backend.
     """
     layers = [0] * shape.num_layers
     order = {number: place for place, number in enumerate(dict.fromkeys(map(_block, shape.linears)))}
@@ -72,31 +69,22 @@ def needed(shape: ModelShape, spec_of: SpecOf, *, context: int, batch: int) -> N
         layers=tuple(layers),
         embedding=shape.embedding_bytes,
         head=head,
-        other=shape.other_bytes + MODULE_BYTES * len(shape.linears),
-        kv_cache=kv_bytes(shape, context, batch),
-        workspace=workspace_bytes(shape, context, batch),
+        other=runtime(backend).other(shape),
+        kv_cache=kv_bytes(shape, context, batch, backend),
+        workspace=workspace_bytes(shape, context, batch, backend),
     )
 
 
-def kv_bytes(shape: ModelShape, context: int, batch: int) -> int:
-    """Keys and values of ``batch`` sequences of ``context`` tokens in every layer, in the model's dtype."""
+def kv_bytes(shape: ModelShape, context: int, batch: int, backend: str = TORCH) -> int:
+    """Keys and values of ``batch`` sequences of ``context`` tokens in every layer, as wide as the model's numbers."""
     if context < 0 or batch < 1:
         raise InputError(f"memory: context {context} and batch {batch}; context is 0 or more, batch 1 or more.")
-    return batch * context * shape.num_layers * shape.kv_width * ITEM_BYTES[shape.dtype]
+    return runtime(backend).kv_cache(shape, context, batch)
 
 
-def workspace_bytes(shape: ModelShape, context: int, batch: int) -> int:
-    """The most that one forward over ``batch * context`` tokens holds beside weights and KV cache; measured.
-
-    Three tensors of the MLP's inner width, five of the attention's, the int8 codes of one input with their scales, and
-    the logits of the last position, which sampling widens to float32. This counts what is in use: with the settings
-    that it comes with, glibc's allocator may hold up to three times as much in gaps between pieces of the KV cache
-    (MALLOC_MMAP_THRESHOLD_=65536 in the environment keeps it from that).
-    """
-    item = ITEM_BYTES[shape.dtype]
-    codes = shape.intermediate_width + 4 * shape.intermediate_width // _ACTIVATION_GROUP
-    token = item * (3 * shape.intermediate_width + 5 * shape.attention_width) + codes
-    return batch * (context * token + shape.vocabulary * (item + 4))
+def workspace_bytes(shape: ModelShape, context: int, batch: int, backend: str = TORCH) -> int:
+    """The most that forward passes over ``batch * context`` tokens hold beside weights and KV cache; measured."""
+    return runtime(backend).workspace(shape, context, batch)
 
 
 def _block(linear: LinearShape) -> int:

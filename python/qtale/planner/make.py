@@ -13,6 +13,7 @@ from qtale.errors import InputError
 from qtale.memory.devices import AUTO, Budget
 from qtale.memory.devices import budget as read_budget
 from qtale.memory.needed import kv_bytes, linear_bytes, needed, workspace_bytes
+from qtale.memory.runtime import TORCH
 from qtale.memory.sizes import human_bytes
 from qtale.planner import items as parts
 from qtale.planner import solve
@@ -32,13 +33,15 @@ _logger = logging.getLogger("qtale")
 class Planner:
     """Plans for one model under any budget; sizes and losses are computed once, on the first plan.
 
-    ``errors`` is a file that keeps the table of rounding errors between runs.
+    ``errors`` is a file that keeps the table of rounding errors between runs. ``backend`` is what will run the model:
+    see :func:`qtale.memory.needed`.
     """
 
     source: Source
     options: Options
     errors: str | Path | None = None
     progress: bool = True
+    backend: str = TORCH
 
     def for_bytes(self, budget: int) -> Plan:
         """The plan that fits ``budget`` bytes; raises BudgetError (an InputError) naming the least that would do."""
@@ -92,7 +95,7 @@ class Planner:
     def fixed_bytes(self) -> int:
         """What no choice of bits changes: embedding, norms, a head of given bits, and the reserve."""
         shape = self.source.shape
-        needs = needed(shape, lambda _: None, context=0, batch=1)
+        needs = needed(shape, lambda _: None, context=0, batch=1, backend=self.backend)
         head = 0
         if shape.head is not None and self.options.head_bits != AUTO:
             head = linear_bytes(shape.head, self.options.spec(parts.head_bits(shape, self.options, {})))
@@ -104,7 +107,8 @@ class Planner:
         options, shape = self.options, self.source.shape
         if options.reserve is not None:
             return options.reserve
-        return kv_bytes(shape, options.context, options.batch) + workspace_bytes(shape, options.context, options.batch)
+        size = (shape, options.context, options.batch, self.backend)
+        return kv_bytes(*size) + workspace_bytes(*size)
 
     @functools.cached_property
     def _scores(self) -> tuple[float, ...]:

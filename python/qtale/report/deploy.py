@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from qtale import names
 from qtale.deployment.change import DeployReport, ModuleChange
+from qtale.memory.runtime import ENGINE, TORCH
 from qtale.memory.sizes import human_bytes
 from qtale.report.text import ranges
+
+_RUNNERS = {ENGINE: "the engine", TORCH: "PyTorch"}
 
 
 def render(report: DeployReport) -> str:
@@ -13,7 +16,7 @@ def render(report: DeployReport) -> str:
     model = report.plan.model
     stored, reserve = human_bytes(report.stored_bytes), human_bytes(report.reserve_bytes)
     lines = [
-        f"{model.model_type}, {model.num_layers} layers, of {report.model}",
+        f"{model.model_type}, {model.num_layers} layers, of {report.model}, run by {_RUNNERS[report.backend]}",
         f"weights {human_bytes(report.weights_bytes)} (as stored {stored}), {reserve} for KV cache and workspace",
     ]
     if report.budget_bytes is not None:

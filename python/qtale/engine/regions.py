@@ -1,0 +1,140 @@
+"""Where every weight of a decoder lies in its arena: matrices and vectors as blocks, blocks by region."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qtale.engine.arena import PAGE, aligned
+from qtale.engine.spec import DecoderSpec
+from qtale.format.tensors import PackedModule
+from qtale.spec import ResolvedSpec
+
+# The region of all that no choice of bits changes.
+FIXED = "fixed"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A matrix on disk: ``spec`` says how it is, or is to be, quantized; ``dtype`` is of its scales, or its own."""
+
+    module: str
+    rows: int
+    cols: int
+    dtype: str
+    spec: ResolvedSpec | None
+    packed: PackedModule | None
+    nbytes: int
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for matrices that can be one, their rows side by side."""
+        if self.spec is None:
+            return (self.dtype,)
+        return (self.dtype, self.spec.num_bits, self.spec.groups(self.cols), self.spec.symmetric)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A slice of the arena: the rows of ``sources`` as one matrix, or ``vectors`` end to end as float32.
+
+    A vector is a tensor's name and length, the name None for zeros.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    sources: tuple[Source, ...] = ()
+    vectors: tuple[tuple[str | None, int], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def cols(self) -> int:
+        """Columns of the matrix."""
+        return self.sources[0].cols
+
+    @property
+    def groups(self) -> int:
+        """Scales for each row of a quantized matrix."""
+        spec = self.sources[0].spec
+        return spec.groups(self.cols) if spec else 0
+
+
+@dataclass
+class Region:
+    """Whole pages with some of the blocks: those of a projection, or all that no choice of bits changes."""
+
+    offset: int
+    nbytes: int = 0
+    blocks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Layout:
+    """``projections`` names, for each product of the decoder, the blocks of its matrices and of their biases.
+
+    ``regions`` tile the arena; those of projections have their names.
+    """
+
+    spec: DecoderSpec
+    blocks: dict[str, Block] = field(default_factory=dict)
+    projections: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all regions."""
+        return sum(region.nbytes for region in self.regions.values())
+
+    @property
+    def workspace(self) -> int:
+        """The most bytes that reading one block takes beside the arena."""
+        return max((_workspace(block) for block in self.blocks.values()), default=0)
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The widths that weights of the layers have, in ascending order."""
+        sources = [source for name in self.regions if name.startswith("layers.") for source in self.sources(name)]
+        stored = {"float32": 32, "float16": 16, "bfloat16": 16}
+        return tuple(sorted({each.spec.num_bits if each.spec else stored[each.dtype] for each in sources}))
+
+    def add(self, where: str, name: str, nbytes: int, **parts: object) -> None:
+        """Append a block to a region, which begins where the one before ends."""
+        if where not in self.regions:
+            before = next(reversed(self.regions.values()), None)
+            self.regions[where] = Region(0 if before is None else before.offset + before.nbytes)
+        region = self.regions[where]
+        last = self.blocks[region.blocks[-1]] if region.blocks else None
+        offset = region.offset if last is None else last.offset + aligned(last.nbytes)
+        self.blocks[name] = Block(name, offset, nbytes, **parts)  # type: ignore[arg-type]
+        region.blocks.append(name)
+        region.nbytes = aligned(offset + nbytes - region.offset, PAGE)
+
+    def sources(self, region: str) -> list[Source]:
+        """The matrices of a region, in order."""
+        return [source for name in self.regions[region].blocks for source in self.blocks[name].sources]
+
+    def take(self, region: str, other: Layout) -> None:
+        """Let a region be what it is in another layout of the same model."""
+        for name in self.regions[region].blocks:
+            del self.blocks[name]
+        self.regions[region] = other.regions[region]
+        self.projections[region] = other.projections[region]
+        self.blocks |= {name: other.blocks[name] for name in other.regions[region].blocks}
+
+    def describe(self) -> list[list[object]]:
+        """Plain data that is equal for equal layouts."""
+        return [
+            [b.name, b.offset, b.nbytes, [[s.module, s.rows, s.cols, *s.kind] for s in b.sources], list(b.vectors)]
+            for b in self.blocks.values()
+        ]
+
+
+def _workspace(block: Block) -> int:
+    if not block.sources or block.sources[0].spec is None:
+        return 0
+    largest = max(source.nbytes for source in block.sources)
+    return block.rows * (block.cols + 5 * block.groups) + largest
