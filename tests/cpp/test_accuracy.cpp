@@ -63,7 +63,7 @@ TEST_CASE("qmatmul: both modes stay within their stated bounds of the float64 pr
   }
 }
 
-TEST_CASE("qmatmul: large products over one and several threads") {
+TEST_CASE("qmatmul: large products over one and several threads", "[threads]") {
   Random random(53);
   constexpr std::int64_t kM = 301, kN = 193, kK = 320;
   const Weight weight = quantized(normal_floats(random, DType::f32, kN * kK, 0.05f), {kN, kK, 5, 4, false, DType::f16});
@@ -104,7 +104,7 @@ TEST_CASE("qmatmul: concurrent callers get what one caller gets") {
   CHECK(differences == std::vector<std::int64_t>(kCallers, -1));
 }
 
-TEST_CASE("operators: rows split over threads give what one thread gives") {
+TEST_CASE("operators: rows split over threads give what one thread gives", "[threads]") {
   Random random(55);
   const Shape shape{257, 1000, 1, 3, false, DType::f32};
   const Floats weight = normal_floats(random, DType::f16, shape.n * shape.k);

@@ -74,7 +74,8 @@ TEST_CASE("attention: scores that are large, equal or far apart") {
   }
 }
 
-TEST_CASE("attention: a row has the same bits alone, in any run, in any batch and on any number of threads") {
+TEST_CASE("attention: a row has the same bits alone, in any run, in any batch and on any number of threads",
+          "[threads]") {
   constexpr std::int64_t kRows = 45, kHeads = 6, kDim = 64;
   for (const DType dtype : {DType::f16, DType::f32}) {
     Random random(13);

@@ -1,7 +1,9 @@
 // The decoder: what it computes does not depend on how tokens are brought to it, on threads, or on failed calls.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
+#include <thread>
 
 #include "catch.h"
 #include "qtale/decoder_ops.h"
@@ -104,7 +106,7 @@ TEST_CASE("a failed call leaves no trace", "[decoder]") {
   CHECK(different_rows(run(decoder, {{sequence, -1, all.subspan(20)}}), 0, expected, 20, 20) == 0);
 }
 
-TEST_CASE("results do not depend on threads or on what else is kept", "[decoder]") {
+TEST_CASE("results do not depend on threads or on what else is kept", "[decoder][threads]") {
   for (const auto& options : all_options()) {
     CAPTURE(options.seed);
     const TinyDecoder model(options);
@@ -122,6 +124,33 @@ TEST_CASE("results do not depend on threads or on what else is kept", "[decoder]
     for (std::int64_t i = 0; i < 3; ++i)
       CHECK(different_rows(some, i, expected, keep[static_cast<std::size_t>(i)], 1) == 0);
   }
+}
+
+TEST_CASE("decoders that share the threads of a process give the bits they give alone", "[decoder][threads]") {
+  const std::vector<TinyDecoder::Options> options = {
+      {.seed = 8, .routers = true, .scale = 4},
+      {.seed = 9, .packed = false, .window = 30, .kv_dtype = DType::f16, .scale = 4}};
+  std::atomic<std::int64_t> different{0};
+  const auto compare = [&different](const TinyDecoder& model, const Logits& expected, int threads) {
+    Decoder decoder(model.spec());
+    decoder.set_num_threads(threads);
+    const auto tokens = random_tokens(11, 100);
+    for (const std::size_t chunk : {1000, 70})
+      different += different_rows(run_alone(decoder, tokens, chunk), 0, expected, 0, 100);
+  };
+  for (const int threads : {2, 4}) {
+    std::vector<TinyDecoder> models(options.begin(), options.end());
+    std::vector<std::thread> callers;
+    for (const TinyDecoder& model : models) {
+      Decoder decoder(model.spec());
+      decoder.set_num_threads(1);
+      const Logits expected = run_alone(decoder, random_tokens(11, 100));
+      for (int caller = 0; caller < 2; ++caller)
+        callers.emplace_back([&, expected] { compare(model, expected, threads); });
+    }
+    for (auto& caller : callers) caller.join();
+  }
+  CHECK(different == 0);
 }
 
 TEST_CASE("scores are log-softmax of the logits", "[decoder]") {

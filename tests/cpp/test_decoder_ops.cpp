@@ -171,7 +171,7 @@ TEST_CASE("silu_mul: zeros, infinities and NaN") {
   }
 }
 
-TEST_CASE("operators of a decoder block: the same bits on any number of threads") {
+TEST_CASE("operators of a decoder block: the same bits on any number of threads", "[threads]") {
   Random random(25);
   const Floats x = normal_floats(random, DType::f32, 300 * 512), weight = normal_floats(random, DType::f32, 512);
   const Floats one(DType::f32, 300 * 512), three(DType::f32, 300 * 512);

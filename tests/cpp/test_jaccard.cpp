@@ -49,7 +49,7 @@ TEST_CASE("jaccard: known sets, duplicates, empty rows, extremes of int32") {
   }
 }
 
-TEST_CASE("jaccard: random rows of every size, apart in memory, on any number of threads") {
+TEST_CASE("jaccard: random rows of every size, apart in memory, on any number of threads", "[threads]") {
   Random random(91);
   for (const std::string& isa : cpu_isas()) {
     const IsaScope scope(isa);

@@ -91,7 +91,7 @@ TEST_CASE("matmul: a row has the same bits among any number of rows") {
   }
 }
 
-TEST_CASE("matmul: the same bits for any number of threads") {
+TEST_CASE("matmul: the same bits for any number of threads", "[threads]") {
   Random random(93);
   for (const std::string& isa : cpu_isas()) {
     if (isa == "reference") continue;

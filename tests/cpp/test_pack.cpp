@@ -53,7 +53,7 @@ TEST_CASE("pack: equals a bit by bit oracle and unpack inverts it") {
       for (const std::int64_t cols : {0, 1, 7, 10, 11, 31, 32, 33, 63, 100, 576}) check_round_trip(rows, cols, bits);
 }
 
-TEST_CASE("pack: rows split over threads") {
+TEST_CASE("pack: rows split over threads", "[threads]") {
   const ThreadScope threads(3);
   for (const int bits : kBits) check_round_trip(700, 333, bits);
 }

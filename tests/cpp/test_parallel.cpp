@@ -67,7 +67,7 @@ int status_of_child(Fn&& fn) {
 
 }  // namespace
 
-TEST_CASE("parallel_for: ranges are disjoint, cover everything and respect the grain") {
+TEST_CASE("parallel_for: ranges are disjoint, cover everything and respect the grain", "[threads]") {
   for (const int threads : {1, 2, 3, 8}) {
     const ThreadScope scope(threads);
     for (const std::int64_t size : {0, 1, 2, 3, 7, 64, 1000, 1001}) {
@@ -86,7 +86,7 @@ TEST_CASE("parallel_for: ranges are disjoint, cover everything and respect the g
   }
 }
 
-TEST_CASE("parallel_for: several threads take part") {
+TEST_CASE("parallel_for: several threads take part", "[threads]") {
   const ThreadScope scope(2);
   std::mutex mutex;
   std::vector<std::thread::id> seen;
@@ -102,7 +102,7 @@ TEST_CASE("parallel_for: several threads take part") {
   CHECK(seen[0] != seen[1]);
 }
 
-TEST_CASE("parallel_for: the exception of a range reaches the caller and the pool lives on") {
+TEST_CASE("parallel_for: the exception of a range reaches the caller and the pool lives on", "[threads]") {
   const ThreadScope scope(3);
   for (int turn = 0; turn < 100; ++turn) {
     const auto fail_at = [&](std::int64_t begin, std::int64_t end) {
@@ -113,7 +113,7 @@ TEST_CASE("parallel_for: the exception of a range reaches the caller and the poo
   }
 }
 
-TEST_CASE("parallel_for: a nested call runs on its caller") {
+TEST_CASE("parallel_for: a nested call runs on its caller", "[threads]") {
   const ThreadScope scope(2);
   std::atomic<std::int64_t> sum{0};
   std::atomic<int> strangers{0};
@@ -130,7 +130,7 @@ TEST_CASE("parallel_for: a nested call runs on its caller") {
   CHECK(ranges_of(1000, 1).size() > 1);  // and the caller may use the pool again
 }
 
-TEST_CASE("parallel_for: concurrent callers all finish, while threads come and go") {
+TEST_CASE("parallel_for: concurrent callers all finish, while threads come and go", "[threads]") {
   const ThreadScope scope(3);
   std::atomic<int> wrong{0};
   std::vector<std::thread> callers;
@@ -145,7 +145,7 @@ TEST_CASE("parallel_for: concurrent callers all finish, while threads come and g
   CHECK(wrong == 0);
 }
 
-TEST_CASE("parallel_for: sleeping workers wake up") {
+TEST_CASE("parallel_for: sleeping workers wake up", "[threads]") {
   const ThreadScope scope(2);
   for (int turn = 0; turn < 5; ++turn) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
@@ -153,7 +153,7 @@ TEST_CASE("parallel_for: sleeping workers wake up") {
   }
 }
 
-TEST_CASE("set_num_threads: takes 1 to 1024 and says so") {
+TEST_CASE("set_num_threads: takes 1 to 1024 and says so", "[threads]") {
   const int before = num_threads();
   for (const int count : {0, -1, 1025}) {
     const std::string message = input_error_of([&] { set_num_threads(count); });
@@ -164,7 +164,7 @@ TEST_CASE("set_num_threads: takes 1 to 1024 and says so") {
   CHECK(num_threads() == 5);
 }
 
-TEST_CASE("ThreadLimit: so many threads take part, fewer or more than the process uses") {
+TEST_CASE("ThreadLimit: so many threads take part, fewer or more than the process uses", "[threads]") {
   const ThreadScope scope(3);
   for (const int count : {1, 2, 5, 3, 2, 4}) {
     const ThreadLimit limit(count);
@@ -176,7 +176,7 @@ TEST_CASE("ThreadLimit: so many threads take part, fewer or more than the proces
   CHECK(threads_of(64, 3).size() == 3);
 }
 
-TEST_CASE("ThreadLimit: scopes nest, 0 changes nothing, other threads see nothing") {
+TEST_CASE("ThreadLimit: scopes nest, 0 changes nothing, other threads see nothing", "[threads]") {
   const ThreadScope scope(3);
   {
     const ThreadLimit outer(2);
@@ -194,14 +194,14 @@ TEST_CASE("ThreadLimit: scopes nest, 0 changes nothing, other threads see nothin
   CHECK(num_threads() == 6);
 }
 
-TEST_CASE("ThreadLimit: takes 0 to 1024 and says so") {
+TEST_CASE("ThreadLimit: takes 0 to 1024 and says so", "[threads]") {
   for (const int count : {-1, 1025}) {
     const std::string message = input_error_of([&] { const ThreadLimit limit(count); });
     CHECK(message.find("ThreadLimit: " + std::to_string(count)) == 0);
   }
 }
 
-TEST_CASE("ThreadLimit: callers with limits of their own do not disturb each other") {
+TEST_CASE("ThreadLimit: callers with limits of their own do not disturb each other", "[threads]") {
   const ThreadScope scope(2);
   std::atomic<int> wrong{0};
   std::vector<std::thread> callers;
@@ -218,14 +218,14 @@ TEST_CASE("ThreadLimit: callers with limits of their own do not disturb each oth
   CHECK(wrong == 0);
 }
 
-TEST_CASE("parallel_for: works in a forked child and afterwards in its parent") {
+TEST_CASE("parallel_for: works in a forked child and afterwards in its parent", "[threads]") {
   const ThreadScope scope(2);
   CHECK(parallel_sum(1000) == 499500);
   CHECK(status_of_child([] { return parallel_sum(1000) == 499500; }) == 0);
   CHECK(parallel_sum(1000) == 499500);
 }
 
-TEST_CASE("parallel_for: a fork in the middle of other threads' work does not hang the child") {
+TEST_CASE("parallel_for: a fork in the middle of other threads' work does not hang the child", "[threads]") {
   const ThreadScope scope(2);
   std::atomic<bool> stop{false};
   std::thread busy([&] {

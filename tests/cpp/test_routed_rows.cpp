@@ -85,7 +85,7 @@ TEST_CASE("compact_rows: a row may be taken twice") {
   for (std::int64_t i = 0; i < 9; ++i) CHECK((out.get(0, i) == x.get(2, i) && out.get(2, i) == x.get(2, i)));
 }
 
-TEST_CASE("scatter_add_rows: adds to the rows it names and leaves the others, for all tiers and threads") {
+TEST_CASE("scatter_add_rows: adds to the rows it names and leaves the others, for all tiers and threads", "[threads]") {
   Random random(103);
   for (const std::string& isa : cpu_isas()) {
     const IsaScope scope(isa);

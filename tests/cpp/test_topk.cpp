@@ -166,7 +166,7 @@ TEST_CASE("project_topk: sorted vocabularies, where every product beats or misse
   }
 }
 
-TEST_CASE("project_topk: the same bits for any number of threads") {
+TEST_CASE("project_topk: the same bits for any number of threads", "[threads]") {
   Random random(83);
   const Case c{40, 300, 5000};
   const Floats x = normal_floats(random, DType::f32, c.rows * c.depth);
@@ -222,7 +222,7 @@ TEST_CASE("project_topk: rows of x and of the matrix may be apart, and nothing b
   }
 }
 
-TEST_CASE("project_topk: NaN is refused with the first row and entry, whichever thread meets it") {
+TEST_CASE("project_topk: NaN is refused with the first row and entry, whichever thread meets it", "[threads]") {
   Random random(86);
   for (const std::string& isa : cpu_isas()) {
     const IsaScope scope(isa);

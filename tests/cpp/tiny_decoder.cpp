@@ -8,7 +8,7 @@
 namespace qtale::test {
 namespace {
 
-constexpr std::int64_t kHidden = 96, kBetween = 160, kHeads = 6, kKvHeads = 2, kHeadDim = 16;
+constexpr std::int64_t kHeadDim = 16;
 
 }  // namespace
 
@@ -32,7 +32,7 @@ Matrix TinyDecoder::matrix(std::int64_t out, std::int64_t in, int num_bits) {
 
 Router TinyDecoder::router(std::int64_t width) {
   Router router;
-  router.w1 = dense(width, kHidden, DType::f32, 0.3F);
+  router.w1 = dense(width, hidden_, DType::f32, 0.3F);
   if (width == 1) return router;
   router.bias1 = vector(width, 0.0F, 0.1F);
   router.norm = vector(width, 1.0F, 0.1F);
@@ -41,11 +41,13 @@ Router TinyDecoder::router(std::int64_t width) {
   return router;
 }
 
-TinyDecoder::TinyDecoder(const Options& options) : options_(options), random_(options.seed) {
-  spec_.hidden_size = kHidden;
-  spec_.intermediate_size = kBetween;
-  spec_.num_heads = kHeads;
-  spec_.num_kv_heads = kKvHeads;
+TinyDecoder::TinyDecoder(const Options& options)
+    : options_(options), hidden_(96 * options.scale), random_(options.seed) {
+  const std::int64_t between = 160 * options.scale, heads = 6 * options.scale, kv_heads = 2 * options.scale;
+  spec_.hidden_size = hidden_;
+  spec_.intermediate_size = between;
+  spec_.num_heads = heads;
+  spec_.num_kv_heads = kv_heads;
   spec_.head_dim = kHeadDim;
   spec_.vocab_size = kVocab;
   spec_.context = 128;
@@ -53,23 +55,23 @@ TinyDecoder::TinyDecoder(const Options& options) : options_(options), random_(op
   spec_.kv_dtype = options.kv_dtype;
   spec_.kv_rule = options.kv_rule;
   for (int i = 0; i < kHeadDim / 2; ++i) spec_.rope.inv_freq.push_back(std::pow(10.0F, -0.5F * static_cast<float>(i)));
-  spec_.embedding = dense(kVocab, kHidden, DType::f16, 1.0F);
-  spec_.final_norm = vector(kHidden, 1.0F, 0.1F);
+  spec_.embedding = dense(kVocab, hidden_, DType::f16, 1.0F);
+  spec_.final_norm = vector(hidden_, 1.0F, 0.1F);
   for (std::size_t i = 0; i < options.layers; ++i) {
     DecoderLayer layer;
-    layer.input_norm = vector(kHidden, 1.0F, 0.1F);
-    layer.post_norm = vector(kHidden, 1.0F, 0.1F);
+    layer.input_norm = vector(hidden_, 1.0F, 0.1F);
+    layer.post_norm = vector(hidden_, 1.0F, 0.1F);
     if (i == 1) layer.q_norm = layer.k_norm = vector(kHeadDim, 1.0F, 0.1F);
-    const std::int64_t queries = kHeads * kHeadDim, keys = kKvHeads * kHeadDim;
-    layer.qkv = {matrix(queries, kHidden, 4), matrix(2 * keys, kHidden, 8)};
-    layer.o = {matrix(kHidden, queries, 4)};
-    layer.gate_up = {matrix(2 * kBetween, kHidden, 3)};
-    layer.down = {matrix(kHidden, kBetween, 4)};
+    const std::int64_t queries = heads * kHeadDim, keys = kv_heads * kHeadDim;
+    layer.qkv = {matrix(queries, hidden_, 4), matrix(2 * keys, hidden_, 8)};
+    layer.o = {matrix(hidden_, queries, 4)};
+    layer.gate_up = {matrix(2 * between, hidden_, 3)};
+    layer.down = {matrix(hidden_, between, 4)};
     layer.window = options.window;
     if (options.routers && i > 0) layer.router = router(i == 1 ? 7 : 1);
     spec_.layers.push_back(layer);
   }
-  spec_.head = matrix(kVocab, kHidden, 8);
+  spec_.head = matrix(kVocab, hidden_, 8);
 }
 
 std::vector<std::int32_t> random_tokens(std::uint64_t seed, std::size_t count) {

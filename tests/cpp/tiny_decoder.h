@@ -20,6 +20,7 @@ class TinyDecoder {
     KvRule kv_rule = KvRule::evict;
     std::int64_t window = 0;
     DType kv_dtype = DType::f32;
+    std::int64_t scale = 1;  // times the widths; from 4 on a hundred tokens are work for several threads
   };
 
   explicit TinyDecoder(const Options& options);
@@ -33,6 +34,7 @@ class TinyDecoder {
   Router router(std::int64_t width);
 
   Options options_;
+  std::int64_t hidden_;
   Random random_;
   std::deque<Floats> floats_;
   std::deque<std::vector<std::uint8_t>> packed_;

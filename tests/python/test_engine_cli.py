@@ -37,8 +37,8 @@ def test_generate_prints_the_text(folder: Path, capsys: pytest.CaptureFixture[st
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["text"] == str(expected)
-    assert (found["prompt_tokens"], found["new_tokens"]) == (5, len(expected.tokens))  # type: ignore[union-attr]
-    assert found["finish_reason"] == expected.finish_reason  # type: ignore[union-attr]
+    assert (found["prompt_tokens"], found["new_tokens"]) == (5, len(expected.tokens))
+    assert found["finish_reason"] == expected.finish_reason
 
 
 def test_generate_reads_stdin_and_takes_the_options_of_loading(

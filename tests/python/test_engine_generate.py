@@ -62,8 +62,7 @@ def test_more_prompts_than_run_at_a_time_keep_their_order(engine: Engine) -> Non
     results = engine.generate(prompts, 5, ignore_end=True)
     assert isinstance(results, list)
     assert [result.tokens for result in results] == [
-        engine.generate(prompt, 5, ignore_end=True).tokens
-        for prompt in prompts  # type: ignore[union-attr]
+        engine.generate(prompt, 5, ignore_end=True).tokens for prompt in prompts
     ]
 
 
@@ -82,7 +81,7 @@ def test_leaving_a_stream_frees_its_cache(engine: Engine) -> None:
     stream = engine.generate("Hello", 30, ignore_end=True, stream=True)
     next(iter(stream))
     assert any(engine._passes.decoder.kv_bytes())
-    stream.close()  # type: ignore[union-attr]
+    stream.close()
     assert not any(engine._passes.decoder.kv_bytes())
 
 

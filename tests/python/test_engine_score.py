@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qtale
@@ -57,7 +58,7 @@ def check(model: PreTrainedModel, engine: Engine, pairs: list[Pair]) -> None:
 
 def test_requests_that_share_contexts(model: PreTrainedModel, engine: Engine) -> None:
     question = ids_of(40)
-    best = list(engine.generate(question, 3, ignore_end=True).tokens)  # type: ignore[union-attr]
+    best = list(engine.generate(question, 3, ignore_end=True).tokens)
     pairs = [
         (question, ids_of(5, seed=1)),
         (question, best),
@@ -80,6 +81,20 @@ def test_shared_tokens_run_once(engine: Engine) -> None:
     engine.loglikelihood(pairs)
     assert engine.report.tokens == 100 + 8
     assert engine.report.passes == 1
+
+
+def test_the_bar_ends_with_what_ran(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def close(self) -> None:
+            shown.append((self.total, self.n))
+            super().close()
+
+    monkeypatch.setattr(score_module, "tqdm", Bar)
+    question = ids_of(100)
+    engine.loglikelihood([(question, [choice, 1]) for choice in range(1, 9)], progress=True)
+    assert shown[0] == (108, 108)
 
 
 def test_long_requests_are_split_over_passes(

@@ -74,6 +74,7 @@ def change(path: Path, **changes: Any) -> None:
         ({"theta": 1.5}, "theta is 1.5"),
         ({"theta": "x"}, "must be a number"),
         ({"forced_tokens": -1}, "forced_tokens is -1"),
+        ({"forced_tokens": 2**63}, "use 0 to 2147483647"),
         ({"kv_rule": "drop"}, "kv_rule is 'drop'"),
         ({"layers": [1, 4]}, "layers.4.w1 is missing"),
         ({"layers": [1, 1]}, "ascending order"),

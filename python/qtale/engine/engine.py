@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.engine.change import WeightChange
-from qtale.engine.generate import Batch, Generation, Piece, make_tracks
+from qtale.engine.generate import Batch, Generation, Options, Piece, make_tracks
 from qtale.engine.inputs import Inputs, Prompt, token_of
 from qtale.engine.layout import WeightOptions
 from qtale.engine.model import LoadedModel, LoadOptions, LoadReport
@@ -26,6 +26,9 @@ from qtale.errors import InputError
 from qtale.memory.runtime import PASS_TOKENS
 from qtale.memory.sizes import human_bytes
 from qtale.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PERPLEXITY_WINDOW = 2048
 Floats = npt.NDArray[np.float32]
@@ -129,6 +132,33 @@ class Engine:
         self.report = report
         return np.concatenate(parts)
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts too
+        self,
+        prompts: Prompt,
+        max_new_tokens: int | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Unpack[Options],
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Unpack[Options],
+    ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None = ...,
+        *,
+        stream: Literal[True],
+        **options: Unpack[Options],
+    ) -> Iterator[Piece]: ...
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -190,9 +220,7 @@ class Engine:
         """
         pairs = [self._inputs.pair(context, continuation) for context, continuation in requests]
         report = CallReport()
-        total = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
-        with tqdm(total=total, desc="scoring", unit="token", delay=1, disable=not progress) as bar:
-            answers = loglikelihoods(self._passes, pairs, report, bar.update)
+        answers = loglikelihoods(self._passes, pairs, report, progress)
         self.report = report
         return answers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from qtale.engine.inputs import Inputs
 from qtale.engine.passes import CallReport, Floats, Passes, Segment
@@ -16,6 +17,19 @@ from qtale.memory.runtime import PASS_TOKENS
 
 # Sequences that run at a time; more wait until one ends.
 MAX_BATCH = 32
+
+
+class Options(TypedDict, total=False):
+    """Keywords of :meth:`qtale.engine.Engine.generate`, for type checkers."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: str | Sequence[str] | None
+    seed: int | Sequence[int] | None
+    ignore_end: bool
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ edges run in passes of many rows, in depth-first order, and are forgotten once t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from qtale.engine.passes import CallReport, Passes, Segment
 
@@ -35,19 +36,21 @@ def loglikelihoods(
     passes: Passes,
     requests: Sequence[Request],
     report: CallReport,
-    done: Callable[[int], None] = lambda count: None,
+    progress: bool = False,
 ) -> list[tuple[float, bool]]:
     """(sum of natural log-probabilities, whether greedy decoding gives it) of each (context, continuation).
 
-    Contexts and continuations hold a token or more. ``done`` is told how many tokens ran.
+    Contexts and continuations hold a token or more. ``progress`` shows a bar of the tokens that run, shared ones once.
     """
     sums, greedy = [0.0] * len(requests), [True] * len(requests)
     edges = list(_preorder(_tree(requests)))
+    total = sum(len(edge.tokens) for edge in edges)
     open_sequences: set[int] = set()
     try:
-        for members in _packed(edges):
-            _run(passes, members, report, open_sequences, sums, greedy)
-            done(sum(count for _, _, count in members))
+        with tqdm(total=total, desc="scoring", unit="token", delay=1, disable=not progress) as bar:
+            for members in _packed(edges):
+                _run(passes, members, report, open_sequences, sums, greedy)
+                bar.update(sum(count for _, _, count in members))
     finally:
         for sequence in open_sequences:
             passes.remove(sequence)

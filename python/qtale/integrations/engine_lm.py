@@ -177,6 +177,6 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             )
         sampling = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
         prompts = [self.tok_encode(request.args[0])[-room:] for request in requests]
-        found: Any = self.engine.generate(prompts, new_tokens, stop=until or None, **sampling)
+        found = self.engine.generate(prompts, new_tokens, stop=until or None, **sampling)
         self.tokens_done += self.engine.report.tokens
         return [postprocess_generated_text(str(generation), until, None) for generation in found]

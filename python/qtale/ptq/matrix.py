@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("qtale")
 _MOST_DAMP = 1.0
-_SMALLEST_SHRINK = 0.3
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _candidates(
         return
     damped = hessian + recipe.damp * hessian.diagonal().mean() * _eye(len(hessian))
     for _ in range(recipe.rounds):
-        scale = solve.refit_scales(target, damped, codes, scale, zero_point)
+        scale, _ = solve.refit_scales(target, damped, spec.num_bits, codes, scale, zero_point)
         codes, changes = solve.refine_codes(
             target, damped, spec.num_bits, codes, scale, zero_point, order=order, sweeps=1
         )
@@ -137,7 +136,7 @@ def _scales(
             symmetric=spec.symmetric,
             scale_dtype=str(scale_dtype).removeprefix("torch."),
             steps=recipe.search,
-            smallest_shrink=_SMALLEST_SHRINK,
+            signed=spec.symmetric,
         )
         return scale, zero_point
     _, scale, zero_point = round_to_nearest(target.to(scale_dtype), spec)

@@ -12,6 +12,7 @@ from qtale.errors import InputError
 
 EVICT, KEEP = "evict", "keep"
 KV_RULES = (EVICT, KEEP)
+MAX_FORCED_TOKENS = 2**31 - 1
 Array = npt.NDArray[np.float32]
 
 
@@ -73,8 +74,8 @@ class Routing:
         """Raises InputError where this does not fit a model of these sizes."""
         if not (isinstance(self.theta, (int, float)) and 0 <= self.theta <= 1):
             raise InputError(f"{where}: theta is {self.theta!r}; it is a probability, so use 0 to 1.")
-        if type(self.forced_tokens) is not int or self.forced_tokens < 0:
-            raise InputError(f"{where}: forced_tokens is {self.forced_tokens!r}; use 0 or more.")
+        if type(self.forced_tokens) is not int or not 0 <= self.forced_tokens <= MAX_FORCED_TOKENS:
+            raise InputError(f"{where}: forced_tokens is {self.forced_tokens!r}; use 0 to {MAX_FORCED_TOKENS}.")
         if self.kv_rule not in KV_RULES:
             raise InputError(f"{where}: kv_rule is {self.kv_rule!r}; use {' or '.join(KV_RULES)}.")
         for layer, router in self.routers.items():

@@ -1,0 +1,51 @@
+"""The benchmarks of scoring and of long runs work and tell what they should; their figures belong to no test."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_samples import write_documents, write_model
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("benchmarks")
+    write_model(root / "model")
+    write_documents(root / "data")
+    return root
+
+
+def run(script: str, *arguments: str) -> tuple[dict[str, Any], str]:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments, "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_scoring_stands_beside_lm_evals_own_model(folder: Path) -> None:
+    given = [f"--model={folder / 'model'}", f"--data={folder / 'data'}", "--limit=2", "--batches=2", "--threads=1"]
+    only = ["--only=engine dense", "--only=float32"]
+    result, text = run("eval_speed.py", *given, *only)
+    rows = {row["name"]: row for row in result["results"]}
+    assert set(rows) == {"engine dense", "hf float32, batch 2"}
+    assert all(row["documents"] == 4 and row["requests"] == 12 and row["seconds"] > 0 for row in rows.values())
+    assert len({json.dumps(row["accuracies"]) for row in rows.values()}) == 1
+    assert rows["hf float32, batch 2"]["faster"]["float32, default"] == 1
+    assert "| engine dense |" in text
+
+
+def test_a_short_soak_changes_nothing(folder: Path) -> None:
+    given = [f"--model={folder / 'model'}", "--minutes=0.03", "--tokens=8", "--threads=2"]
+    result, text = run("soak.py", *given)
+    assert result["ok"], text
+    assert result["changed"] == []
+    assert {"batch", "depth", "perplexity", "loglikelihood", "conversation"} <= set(result["calls"])
+    assert result["rss_end"] > 0
