@@ -16,13 +16,16 @@ from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.identity import fingerprint
 from qtale.layerwise.journal import Journal, claimed
 from qtale.layerwise.model import LayeredModel
-from qtale.layerwise.states import States, open_states
+from qtale.layerwise.states import open_states
 from qtale.layerwise.tokens import Tokens, check_vocabulary
+from qtale.memory.host import available
+from qtale.memory.sizes import human_bytes
 from qtale.ptq.layer import LayerSolver
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import recipe_of
 from qtale.ptq.solved import SolvedLayers
 from qtale.ptq.streams import DENSE, QUANTIZED, Streams
+from qtale.ptq.tune import TuneOptions, needed_bytes, tune
 from qtale.ptq.worklist import LayerRow
 
 _logger = logging.getLogger("qtale")
@@ -31,10 +34,10 @@ MAX_MEMORY = 1 << 30
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Finished layers: their files, how many, and the errors and seconds of every matrix by module name."""
+    """Finished layers: their files, later ones over earlier ones, and errors and seconds of every matrix by name."""
 
     layers: SolvedLayers
-    count: int
+    files: tuple[str, ...]
     found: Mapping[str, Mapping[str, float]]
 
 
@@ -67,9 +70,53 @@ def solve_layers(
         nbytes = 2 * len(kinds) * tokens.size * model.hidden_size * 4
         states = stack.enter_context(open_states(where, (tokens.shape[1], model.hidden_size), nbytes, max_memory))
         layers = SolvedLayers(where or stack.enter_context(_temporary()))
-        run = _Run(model, states, Streams(model, states, tokens, kinds), rows, options, journal, layers)
+        run = _Run(model, Streams(model, states, tokens, kinds), rows, options, journal, layers)
         found = run.run(progress)
-        yield Calibrated(layers, model.num_layers, found)
+        files = [_file(index) for index in range(model.num_layers)]
+        # Tuning holds the whole model; what ran layer by layer goes first.
+        model.close()
+        if options.tuning and rows:
+            files += _tuned(folder, rows, tokens, options, journal, layers, files, progress)
+        yield Calibrated(layers, tuple(files), found)
+
+
+def _file(index: int) -> str:
+    return f"layer-{index}"
+
+
+def _tuned(
+    folder: ModelFolder,
+    rows: Mapping[str, LayerRow],
+    tokens: Tokens,
+    options: SolverOptions,
+    journal: Journal,
+    layers: SolvedLayers,
+    files: list[str],
+    progress: bool,
+) -> list[str]:
+    """Tune all layers together where memory allows it; the files that this adds."""
+    from tqdm.auto import tqdm
+
+    name = "tuned"
+    if name in journal.entries:
+        layers.check(name, journal.entries[name]["file"])
+        return [name]
+    settings = TuneOptions(options.tuning, options.seed)
+    needed, free = needed_bytes(folder, tokens.shape[1], settings), available()
+    if free is not None and needed > free:
+        _logger.warning(
+            "end-to-end tuning is left out: it needs about %s, but %s are free", human_bytes(needed), human_bytes(free)
+        )
+        return []
+    with layers.reading(files) as solved, tqdm(total=settings.steps, desc="tune", disable=not progress) as bar:
+
+        def done(loss: float) -> None:
+            bar.set_postfix_str(f"divergence {loss:.4f}")
+            bar.update()
+
+        tuned = tune(folder, rows, solved, tokens, settings, done)
+    journal.save(name, {"file": layers.write(name, tuned.tensors), "divergence": list(tuned.divergence)})
+    return [name]
 
 
 def _key(folder: ModelFolder, rows: Mapping[str, LayerRow], options: SolverOptions, tokens: Tokens) -> dict[str, Any]:
@@ -95,7 +142,6 @@ def _temporary() -> Iterator[Path]:
 @dataclass
 class _Run:
     model: LayeredModel
-    states: States
     streams: Streams
     rows: Mapping[str, LayerRow]
     options: SolverOptions
@@ -125,7 +171,7 @@ class _Run:
             self.journal.save("layers", [])
         layers = entries["layers"]
         for index, layer in enumerate(layers):
-            self.layers.check(index, layer["file"])
+            self.layers.check(_file(index), layer["file"])
             self.streams.drop(index)
         if len(layers) < self.model.num_layers:
             expected = layers[-1]["states"] if layers else entries["states"]
@@ -137,7 +183,7 @@ class _Run:
             solver = LayerSolver(self.model, self.streams, index, layer, self.rows, self.options)
             solver.run(bar.update)
         entry = {
-            "file": self.layers.write(index, solver.tensors),
+            "file": self.layers.write(_file(index), solver.tensors),
             "states": self.streams.seals(index + 1),
             "found": solver.found,
         }

@@ -10,7 +10,7 @@ from qtale.errors import InputError
 
 RTN, AUTO = "rtn", "auto"
 METHODS = (RTN, "gptq", "awq", "magr+gptq", "magr+rtn", AUTO)
-# Orders and dampings of the published settings; see the table in benchmarks/README.md for what each is worth.
+_AUTO_TUNE_STEPS = 64
 _COUNTS = (("num_samples", 1), ("seq_len", 2), ("seed", 0), ("magr_iterations", 1), ("awq_steps", 2))
 
 
@@ -24,6 +24,7 @@ class SolverOptions:
       groups of the original order, so that it costs nothing later. None leaves it to the method.
     * ``damp``: share of the mean of the Hessian's diagonal that is added to it.
     * ``magr_alpha`` (None: 1e-3 per channel, 1e-4 in groups), ``magr_iterations``: MagR's penalty and number of steps.
+    * ``tune_steps``: steps of end-to-end tuning after the layers (:mod:`qtale.ptq.tune`), None: 64 for "auto", else 0.
     * ``awq_steps``: points of AWQ's grid of exponents between 0 and 1.
     """
 
@@ -36,6 +37,7 @@ class SolverOptions:
     magr_alpha: float | None = None
     magr_iterations: int = 150
     awq_steps: int = 20
+    tune_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -44,10 +46,19 @@ class SolverOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"quantize: {name} {value!r} must be a whole number of at least {least}.")
+        if self.tune_steps is not None and (type(self.tune_steps) is not int or self.tune_steps < 0):
+            raise InputError(f"quantize: tune_steps {self.tune_steps!r} must be a whole number, or None.")
         if not 0 < self.damp <= 1:
             raise InputError(f"quantize: damp {self.damp!r} must be above 0 and at most 1; 0.01 is the default.")
         if self.magr_alpha is not None and not 0 < self.magr_alpha < 1:
             raise InputError(f"quantize: magr_alpha {self.magr_alpha!r} must lie between 0 and 1; None is the default.")
+
+    @property
+    def tuning(self) -> int:
+        """Steps of end-to-end tuning."""
+        if self.tune_steps is not None:
+            return self.tune_steps
+        return _AUTO_TUNE_STEPS if self.method == AUTO else 0
 
     @property
     def calibrated(self) -> bool:

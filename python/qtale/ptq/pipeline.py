@@ -85,7 +85,7 @@ def quantize(
             blocks = {name: row for name, row in work.rows.items() if names.block_index(f"{name}.") is not None}
             settings: dict[str, Any] = {"resume": resume, "max_memory": max_memory, "progress": progress}
             found = stack.enter_context(solve_layers(folder, blocks, options, tokens, **settings))
-            solved = Solution(stack.enter_context(found.layers.reading(found.count)), found.found)
+            solved = Solution(stack.enter_context(found.layers.reading(found.files)), found.found)
         target = stack.enter_context(output_folder(out, report.bytes_after + _MARGIN_BYTES))
         rows = _write_shards(folder, work, target, progress, solved)
         _write_small_files(folder, work, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +22,17 @@ class SolvedLayers:
 
     folder: Path
 
-    def path(self, index: int) -> Path:
-        """The file of a layer."""
-        return self.folder / f"layer-{index}.safetensors"
+    def path(self, name: str) -> Path:
+        """The file of a layer, or of what was done to all of them."""
+        return self.folder / f"{name}.safetensors"
 
-    def write(self, index: int, tensors: Mapping[str, torch.Tensor]) -> str:
-        """Write a layer, whole or not at all, and return its checksum; Error where the disk does not take it."""
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Write tensors, whole or not at all, and return its checksum; Error where the disk does not take it."""
         from safetensors.torch import save_file
 
-        path, partial = self.path(index), self.folder / f".layer-{index}.partial"
+        path, partial = self.path(name), self.folder / f".{name}.partial"
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             found = checksum(partial)
@@ -43,29 +43,32 @@ class SolvedLayers:
             raise Error(f"{path}: cannot be written: {error}; free some space and go on with --resume.") from error
         return found
 
-    def check(self, index: int, expected: str) -> None:
-        """Raise CheckpointError where a layer's file is not what was written."""
-        if checksum(self.path(index)) != expected:
-            raise CheckpointError(f"{self.path(index)}: is damaged; remove {self.folder} and start again.")
+    def check(self, name: str, expected: str) -> None:
+        """Raise CheckpointError where a file is not what was written."""
+        if checksum(self.path(name)) != expected:
+            raise CheckpointError(f"{self.path(name)}: is damaged; remove {self.folder} and start again.")
 
     @contextmanager
-    def reading(self, count: int) -> Iterator[SolvedTensors]:
-        """The tensors of layers 0 to ``count`` - 1 by name, read when they are asked for."""
+    def reading(self, files: Sequence[str]) -> Iterator[SolvedTensors]:
+        """The tensors of files by name, of the last file that has one; read when they are asked for."""
         from safetensors import safe_open
 
         with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(self.path(index), framework="pt")) for index in range(count)]
-            yield SolvedTensors({name: file for file in files for name in file.keys()})  # noqa: SIM118 - no mapping
+            opened = [stack.enter_context(safe_open(self.path(name), framework="pt")) for name in files]
+            yield SolvedTensors({name: file for file in opened for name in file.keys()})  # noqa: SIM118 - no mapping
 
 
 @dataclass(frozen=True)
-class SolvedTensors:
+class SolvedTensors(Mapping[str, "torch.Tensor"]):
     """Tensors of opened files by name."""
 
     files: Mapping[str, Any]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.files[name].get_tensor(name)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
