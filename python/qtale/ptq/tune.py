@@ -162,7 +162,9 @@ def _model(folder: ModelFolder, replaced: Mapping[str, torch.Tensor]) -> Any:
 
     model = build_on_meta(folder, decoder_config(folder, "quantize"), torch.float32).eval()
     for name, parameter in model.named_parameters():
-        if f"{names.module_of(name)}.{PACKED}" in replaced and name.endswith(".weight"):
+        packed = f"{names.module_of(name)}.{PACKED}" in replaced and name.endswith(".weight")
+        # A head that is tied to the embedding has no tensor of its own.
+        if packed or name not in folder.tensors:
             continue
         value = replaced[name] if name in replaced else folder.torch(name)
         owner = model.get_submodule(names.module_of(name))
