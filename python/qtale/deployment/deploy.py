@@ -251,7 +251,8 @@ def deploy(
     must fit the budget, or are chosen under ``options``: by the scores of ``importance`` (or its file) where given,
     else by rounding errors alone, which need no data; ``errors`` is a file that keeps those between runs. ``compute``
     is as in :func:`qtale.load`. ``backend`` is "engine" (C++), "torch", or "auto": the engine where it runs the model.
-    One tensor is read at a time; layers at 16 bits stay in the stored dtype. ``probe`` replaces the look at the memory.
+    Memory is kept for the context and batch of the options, which do not bound what is asked of the model later. One
+    tensor is read at a time; layers at 16 bits stay in the stored dtype. ``probe`` replaces the look at the memory.
 
     Raises BudgetError (an InputError) where nothing fits, naming the least budget that would; InputError for wrong
     values and for a plan or scores of another model; CheckpointError and UnsupportedError for models that cannot run.
