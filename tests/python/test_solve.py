@@ -247,7 +247,7 @@ def test_refitting_scales_solves_the_normal_equations(isa: str, symmetric: bool,
         grids = grids_from(found, zero_point, bits)
         after = oracle.objective(problem.weight, oracle.dequantized(codes, grids), problem.hessian)
         assert np.all(after <= before)
-        if dtype == "float16" or kind == "rank" or symmetric and bits == 2:
+        if dtype == "float16" or kind == "rank" or (symmetric and bits == 2):
             continue
         for r in (0, 1, 20):
             levels = oracle.dequantized(codes, grids._replace(scale=np.ones_like(grids.scale)))[r]
