@@ -82,3 +82,12 @@ def test_importance_runs_beside_torch():
     }
     assert all(row["k"] == 5 and row["torch_best"] in row["torch"] for row in rows[:4])
     assert result["machine"]["isa"] in _core.cpu_isas()
+
+
+def test_solvers_are_measured_beside_torch():
+    command = [sys.executable, str(BENCHMARKS / "solve.py"), "--quick", "--json", "-", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert len({row["solver"] for row in rows}) == len(rows) == 7
+    assert all(row["seconds"] > 0 and row["faster"] > 0 for row in rows)
