@@ -7,7 +7,7 @@ static depths take turns in random order; sometimes two threads call at a time.
 from __future__ import annotations
 
 import argparse
-import os
+import gc
 import random
 import sys
 import time
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 import qtale
 from output import publish
 from qtale.bench import machine
+from qtale.deployment import heap
 from qtale.engine import Engine
 from qtale.errors import Error
 
@@ -34,14 +34,16 @@ TEXT = (
 )
 PROMPTS = ["The capital of France is", TEXT, "Once upon a time", TEXT + TEXT]
 ENDINGS = [" in the morning", " Paris", " apples", " iron and wool"]
-SLACK = 16 << 20  # bytes that memory may grow by: allocators keep some
+SLACK = 4 << 20  # bytes that memory may grow by, without what the allocator keeps for later
 THREADED = 0.2  # share of turns with two threads
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def rss() -> int:
-    """Resident bytes of this process."""
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * PAGE
+def rss(released: bool = False) -> int:
+    """Resident bytes of this process; ``released``: after what is free was given back to the system."""
+    if released:
+        gc.collect()
+        heap.release()
+    return heap.resident_bytes() or 0
 
 
 class Calls:
@@ -132,8 +134,8 @@ class Soak:
             self.check(name, call())
         for _ in range(20):
             self.turn()
+        self.memory.append((0.0, rss(released=True)))
         start = last = time.monotonic()
-        self.memory.append((0.0, rss()))
         with tqdm(total=round(seconds), unit="s", file=sys.stderr) as bar:
             while (now := time.monotonic()) < start + seconds:
                 self.turn()
@@ -141,7 +143,7 @@ class Soak:
                     self.memory.append((now - start, rss()))
                     bar.update(round(now - start) - bar.n)
                     last = now
-        self.memory.append((time.monotonic() - start, rss()))
+        self.memory.append((time.monotonic() - start, rss(released=True)))
 
     def result(self) -> dict[str, Any]:
         """The figures, as JSON holds them."""
