@@ -92,3 +92,30 @@ def objective(weight: Array, quantized: Array, hessian: Array) -> Array:
     """``(w - q) H (w - q)^T`` of every row, float64."""
     d = weight.astype(np.float64) - quantized
     return np.einsum("ri,ij,rj->r", d, hessian.astype(np.float64), d)
+
+
+class Problem:
+    """A small layer: correlated inputs, some of them dead, fewer of them than columns if asked."""
+
+    def __init__(self, rows: int, columns: int, *, samples: int = 400, dead: int = 0, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        mix = random.normal(size=(columns, columns)) / columns**0.5 + np.eye(columns)
+        x = random.normal(size=(samples, columns)) @ mix * random.lognormal(size=columns)
+        self.weight = random.normal(size=(rows, columns)).astype(np.float32)
+        x[:, random.permutation(columns)[:dead]] = 0
+        self.hessian = (x.T @ x / samples).astype(np.float32)
+        alive = np.diag(self.hessian) > 0
+        self.weight[:, ~alive] = 0
+        self.diagonal = np.ascontiguousarray(np.diag(self.hessian))
+        self.by_size = np.argsort(-self.diagonal, kind="stable").astype(np.int32)
+        self.natural = np.arange(columns, dtype=np.int32)
+
+    def factor(self, order: Array, damp: float = 0.01) -> Array:
+        """U of the damped Hessian, as solvers take it."""
+        return inverse_factor(self.hessian, damp, order).astype(np.float32)
+
+
+def grids_from(scale: Array, zero_point: Array | None, bits: int) -> Grids:
+    """The oracle's grids from the solver's."""
+    zero = np.zeros(scale.shape) if zero_point is None else zero_point.astype(np.float64)
+    return Grids(scale.astype(np.float64), zero, bits)

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import solve_oracle as oracle
 from qtale import _core, ops, solve
@@ -28,33 +26,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _core.set_cpu_isa(before)
 
 
-class Problem:
-    """A small layer: correlated inputs, some of them dead, fewer of them than columns if asked."""
-
-    def __init__(self, rows: int, columns: int, *, samples: int = 400, dead: int = 0, seed: int = 0) -> None:
-        random = np.random.default_rng(seed)
-        mix = random.normal(size=(columns, columns)) / columns**0.5 + np.eye(columns)
-        x = random.normal(size=(samples, columns)) @ mix * random.lognormal(size=columns)
-        self.weight = random.normal(size=(rows, columns)).astype(np.float32)
-        x[:, random.permutation(columns)[:dead]] = 0
-        self.hessian = (x.T @ x / samples).astype(np.float32)
-        alive = np.diag(self.hessian) > 0
-        self.weight[:, ~alive] = 0
-        self.diagonal = np.ascontiguousarray(np.diag(self.hessian))
-        self.by_size = np.argsort(-self.diagonal, kind="stable").astype(np.int32)
-        self.natural = np.arange(columns, dtype=np.int32)
-
-    def factor(self, order: Array, damp: float = 0.01) -> Array:
-        """U of the damped Hessian, as solvers take it."""
-        return oracle.inverse_factor(self.hessian, damp, order).astype(np.float32)
-
-
-def grids_from(scale: Array, zero_point: Array | None, bits: int) -> oracle.Grids:
-    """The oracle's grids from the solver's."""
-    zero = np.zeros(scale.shape) if zero_point is None else zero_point.astype(np.float64)
-    return oracle.Grids(scale.astype(np.float64), zero, bits)
-
-
 def zero_point_of(grids: oracle.Grids, symmetric: bool) -> Array | None:
     """What the solver takes."""
     return None if symmetric else grids.zero.astype(np.int8)
@@ -66,7 +37,7 @@ def zero_point_of(grids: oracle.Grids, symmetric: bool) -> Array | None:
 def test_gptq_with_given_grids_makes_the_integers_of_numpy(
     isa: str, bits: int, size: int, symmetric: bool, act_order: bool, kind: str
 ) -> None:
-    problem = Problem(37, 72, samples=40 if kind == "rank" else 400, dead=5 if kind == "dead" else 0, seed=bits)
+    problem = oracle.Problem(37, 72, samples=40 if kind == "rank" else 400, dead=5 if kind == "dead" else 0, seed=bits)
     order = problem.by_size if act_order else problem.natural
     factor = problem.factor(order)
     group = size or 72
@@ -91,7 +62,7 @@ def test_gptq_with_given_grids_makes_the_integers_of_numpy(
 
 @pytest.mark.parametrize(("bits", "size", "symmetric"), FORMS)
 def test_gptq_finds_grids_as_it_goes(isa: str, bits: int, size: int, symmetric: bool) -> None:
-    problem = Problem(19, 72, seed=10 + bits)
+    problem = oracle.Problem(19, 72, seed=10 + bits)
     # The largest weight of a symmetric group is half way between two codes; of a positive one both are clamped to one.
     problem.weight += np.float32(2.0)
     factor, group = problem.factor(problem.natural), size or 72
@@ -105,7 +76,7 @@ def test_gptq_finds_grids_as_it_goes(isa: str, bits: int, size: int, symmetric: 
 
 
 def test_gptq_of_an_identity_is_round_to_nearest(isa: str) -> None:
-    problem = Problem(50, 96)
+    problem = oracle.Problem(50, 96)
     for bits, size, symmetric in FORMS:
         for dtype in ("float32", "float16"):
             codes, scale, zero_point = ops.quantize(problem.weight, bits, size, symmetric, dtype)
@@ -120,12 +91,12 @@ def test_gptq_of_an_identity_is_round_to_nearest(isa: str) -> None:
 
 
 def test_gptq_beats_round_to_nearest_and_takes_torch_tensors(isa: str) -> None:
-    problem = Problem(64, 160, seed=3)
+    problem = oracle.Problem(64, 160, seed=3)
     for order in (problem.natural, problem.by_size):
         codes, scale, _ = ops.quantize(problem.weight, 3, 32)
         factor = problem.factor(order)
         found = solve.gptq(problem.weight, factor, 3, scale=scale, order=order)
-        grids = grids_from(scale, None, 3)
+        grids = oracle.grids_from(scale, None, 3)
         rounded = oracle.objective(problem.weight, oracle.dequantized(codes, grids), problem.hessian)
         solved = oracle.objective(problem.weight, oracle.dequantized(found.codes, grids), problem.hessian)
         assert solved.sum() < 0.7 * rounded.sum()
@@ -137,7 +108,7 @@ def test_gptq_beats_round_to_nearest_and_takes_torch_tensors(isa: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_no_bit(isa: str, threads: int) -> None:
-    problem = Problem(131, 250, seed=4)
+    problem = oracle.Problem(131, 250, seed=4)
 
     def everything() -> list[Any]:
         factor = problem.factor(problem.by_size)
@@ -165,14 +136,14 @@ def test_threads_change_no_bit(isa: str, threads: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("blocks", [False, True])
 def test_search_finds_the_best_of_its_grids(isa: str, symmetric: bool, blocks: bool) -> None:
-    problem, size, steps, least = Problem(21, 60, dead=3, seed=5), 12, 17, 0.3
+    problem, size, steps, least = oracle.Problem(21, 60, dead=3, seed=5), 12, 17, 0.3
     problem.weight += np.float32(2.0)  # see above: a form tells codes at equal distances apart
     parts = [problem.hessian[k : k + size, k : k + size] for k in range(0, 60, size)]
     importance = np.ascontiguousarray(np.stack(parts)) if blocks else problem.diagonal
     scale, zero_point = solve.search_scales(
         problem.weight, importance, 3, size, symmetric, steps=steps, narrowest=least, widest=1.1, signed=symmetric
     )
-    grids = grids_from(scale, zero_point, 3)
+    grids = oracle.grids_from(scale, zero_point, 3)
     for g in range(60 // size):
         w = problem.weight[:, g * size : (g + 1) * size].astype(np.float64)
         h = parts[g] if blocks else np.diag(np.diag(parts[g]))
@@ -190,7 +161,7 @@ def test_search_finds_the_best_of_its_grids(isa: str, symmetric: bool, blocks: b
 
 
 def test_a_search_of_one_step_is_the_rule_of_quantize(isa: str) -> None:
-    problem = Problem(30, 64)
+    problem = oracle.Problem(30, 64)
     for symmetric in (True, False):
         for dtype in ("float32", "float16"):
             scale, zero_point = solve.search_scales(problem.weight, problem.diagonal, 4, 16, symmetric, dtype, steps=1)
@@ -203,10 +174,10 @@ def test_a_search_of_one_step_is_the_rule_of_quantize(isa: str) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("kind", ["full", "dead", "rank"])
 def test_refining_never_raises_the_objective(isa: str, symmetric: bool, kind: str) -> None:
-    problem = Problem(45, 96, samples=30 if kind == "rank" else 400, dead=6 if kind == "dead" else 0, seed=6)
+    problem = oracle.Problem(45, 96, samples=30 if kind == "rank" else 400, dead=6 if kind == "dead" else 0, seed=6)
     for bits, size in ((2, 0), (3, 24), (4, 12), (8, 0)):
         codes, scale, zero_point = ops.quantize(problem.weight, bits, size, symmetric)
-        grids = grids_from(scale, zero_point, bits)
+        grids = oracle.grids_from(scale, zero_point, bits)
         before = oracle.objective(problem.weight, oracle.dequantized(codes, grids), problem.hessian)
         for sweep in range(4):
             order = problem.by_size if sweep % 2 else None
@@ -234,17 +205,17 @@ def test_refining_never_raises_the_objective(isa: str, symmetric: bool, kind: st
 @pytest.mark.parametrize("kind", ["full", "dead", "rank"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_refitting_scales_solves_the_normal_equations(isa: str, symmetric: bool, kind: str, dtype: str) -> None:
-    problem = Problem(51, 96, samples=30 if kind == "rank" else 400, dead=6 if kind == "dead" else 0, seed=8)
+    problem = oracle.Problem(51, 96, samples=30 if kind == "rank" else 400, dead=6 if kind == "dead" else 0, seed=8)
     for bits, size in ((2, 0), (3, 24), (4, 8)):
         codes, scale, zero_point = ops.quantize(problem.weight, bits, size, symmetric, dtype)
         scale[7] *= -1  # signs are kept
-        grids = grids_from(scale, zero_point, bits)
+        grids = oracle.grids_from(scale, zero_point, bits)
         before = oracle.objective(problem.weight, oracle.dequantized(codes, grids), problem.hessian)
         found, changed = solve.refit_scales(problem.weight, problem.hessian, bits, codes, scale, zero_point)
         assert str(found.dtype) == dtype
         assert np.all(found * scale > 0)
         assert changed == np.any(found != scale, axis=1).sum() > 0
-        grids = grids_from(found, zero_point, bits)
+        grids = oracle.grids_from(found, zero_point, bits)
         after = oracle.objective(problem.weight, oracle.dequantized(codes, grids), problem.hessian)
         assert np.all(after <= before)
         if dtype == "float16" or kind == "rank" or (symmetric and bits == 2):
@@ -262,84 +233,9 @@ def test_refitting_scales_solves_the_normal_equations(isa: str, symmetric: bool,
                 assert after[r] <= error @ h @ error * (1 + 1e-3) + 1e-9
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    rows=st.integers(0, 4),
-    groups=st.integers(1, 3),
-    size=st.integers(1, 70),
-    step=st.floats(0, 50, width=32),
-    seed=st.integers(0, 1000),
-    spread=st.sampled_from([1e-3, 1.0, 1e3]),
-)
-def test_the_proximal_step_meets_its_optimality_condition(
-    rows: int, groups: int, size: int, step: float, seed: int, spread: float
-) -> None:
-    random = np.random.default_rng(seed)
-    v = (random.standard_t(3, size=(rows, groups * size)) * spread).astype(np.float32)
-    x = solve.prox_linf(v, step, size if groups > 1 else 0)
-    inside = solve.project_l1(v, step, size if groups > 1 else 0)
-    np.testing.assert_allclose(x + inside, v, rtol=1e-6, atol=1e-6 * spread)
-    for r in range(rows):
-        for k in range(0, groups * size, size):
-            part, result = v[r, k : k + size].astype(float), x[r, k : k + size].astype(float)
-            top, given_up = np.abs(result).max(), part - result
-            # 0 in x - v + step * d||x||_inf: what is given up has l1 norm `step`, with the signs of x where |x| is top.
-            slack = 2e-6 * (np.abs(part).sum() + step)
-            if top > 0:
-                assert abs(np.abs(given_up).sum() - step) <= slack
-                assert np.all(given_up[np.abs(result) < top] == 0)
-                assert np.all(given_up * result >= 0)
-            else:
-                assert np.abs(part).sum() <= step + slack
-            assert np.abs(inside[r, k : k + size]).sum() <= step + slack
-
-
-def test_prox_of_every_set_agrees_with_sorting(isa: str) -> None:
-    random = np.random.default_rng(1)
-    for size in (1, 3, 16, 129, 1000):
-        v = random.normal(size=(7, size)).astype(np.float32)
-        for step in (0.0, 1e-4, 0.3, 5.0, 1e6):
-            magnitudes = -np.sort(-np.abs(v.astype(float)), axis=1)
-            candidates = (np.cumsum(magnitudes, axis=1) - step) / np.arange(1, size + 1)
-            threshold = np.maximum(candidates.max(axis=1), 0)[:, None]
-            np.testing.assert_allclose(solve.prox_linf(v, step), np.clip(v, -threshold, threshold), atol=2e-6)
-
-
-@pytest.mark.parametrize("group", [0, 12])
-def test_rounding_loss_is_the_trace(isa: str, group: int) -> None:
-    problem = Problem(33, 132, seed=7)
-    s = np.random.default_rng(0).lognormal(size=132).astype(np.float32)
-    for bits, symmetric in ((4, True), (3, False)):
-        for factor in (None, s):
-            scaled = problem.weight * (1 if factor is None else factor)
-            codes, scale, zero_point = ops.quantize(scaled, bits, group, symmetric)
-            q = oracle.dequantized(codes, grids_from(scale, zero_point, bits)) / (1 if factor is None else factor)
-            expected = oracle.objective(problem.weight, q, problem.hessian).sum()
-            upper = np.triu(problem.hessian) + np.tril(np.full_like(problem.hessian, 7.0), -1)
-            found = solve.rounding_loss(problem.weight, upper, bits, group, symmetric, column_scale=factor)
-            assert found == pytest.approx(expected, rel=2e-3 if bits == 8 else 1e-4)
-
-
-def test_gram_sums_the_upper_triangle(isa: str) -> None:
-    random = np.random.default_rng(2)
-    for n, columns in ((0, 5), (1, 1), (3, 130), (1500, 61), (2100, 9)):
-        x = random.normal(size=(n, columns + 3)).astype(np.float32)[:, :columns]
-        weights = random.uniform(size=n).astype(np.float32)
-        for dtype in (np.float64, np.float32):
-            for row_weight in (None, weights):
-                gram = np.ones((columns, columns), dtype)
-                solve.accumulate_gram(x, gram, row_weight)
-                w = np.ones(n) if row_weight is None else weights.astype(float)
-                exact = (x.astype(float).T * w) @ x.astype(float)
-                bound = 1100 * 2.0**-24 * ((np.abs(x.astype(float)).T * w) @ np.abs(x.astype(float)) + 1)
-                error = np.abs(gram - 1 - exact)
-                assert np.all(np.triu(error) <= bound)
-                assert np.all(np.tril(gram, -1) == np.tril(np.ones_like(gram), -1))
-
-
 def refusals() -> dict[str, tuple[Any, str]]:
     """Bad calls and what their sentences name."""
-    problem = Problem(4, 8)
+    problem = oracle.Problem(4, 8)
     w, u, h = problem.weight, problem.factor(problem.natural), problem.hessian
     codes, scale, _ = ops.quantize(w, 4, 4)
     hole = w.copy()

@@ -101,7 +101,7 @@ void gptq(const ColumnBlock& b, std::int64_t fresh, const PanelState& s) {
     const float w = s.work[c] + sum;
     const Grid grid = grid_of(b, s, c);
     const float level = nearest(w, grid, b.num_bits);
-    s.codes[c - b.begin] = static_cast<std::int8_t>(level + grid.zero);
+    s.codes[b.order[c]] = static_cast<std::int8_t>(level + grid.zero);
     s.work[c] = (level * grid.scale - w) * b.inverse_diagonal[c];
     *s.totals += s.work[c] * s.work[c];
   }
@@ -115,10 +115,10 @@ void refine(const ColumnBlock& b, std::int64_t columns, const PanelState& s) {
     float gradient = 0.0f;
     sums(s.work, b.packed + (c - b.begin) * b.tile_stride, columns, &gradient);
     const Grid grid = grid_of(b, s, c);
-    const float before = s.codes[c];
+    const float before = s.codes[b.order[c]];
     const float wanted = gradient * (b.inverse_diagonal[c] * kReluctance) * (1.0f / grid.scale);
     const float after = std::clamp(std::nearbyint(before + wanted), -half, half - 1.0f);
-    s.codes[c] = static_cast<std::int8_t>(after);
+    s.codes[b.order[c]] = static_cast<std::int8_t>(after);
     s.work[c] -= (after - before) * grid.scale;
     *s.totals += after != before ? 1.0f : 0.0f;
   }

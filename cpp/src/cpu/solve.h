@@ -39,6 +39,7 @@ struct ColumnBlock {
   const float* packed;
   std::int64_t tile_stride;  // floats from tile to tile
   const float* inverse_diagonal;
+  const std::int32_t* order;     // column of the weight that is visited
   const std::int32_t* group_of;  // of every column in the order of visits
   std::int64_t begin, end;
   int num_bits;
@@ -48,7 +49,7 @@ struct ColumnBlock {
 struct PanelState {
   float* work;         // [columns][lanes]
   const float* grids;  // [groups][kGridRows][lanes]
-  std::int8_t* codes;  // [columns][lanes]; gptq: of the block alone
+  std::int8_t* codes;  // [columns][lanes], columns as the weight has them
   float* totals;       // [lanes]
 };
 

@@ -6,17 +6,29 @@
 namespace qtale::cpu::solving {
 namespace {
 
+// Rows of a panel that stay in the first cache while all tiles of a block meet them.
+constexpr std::int64_t kDepth = 128;
+
+// Asks for the entries of the product after this one: they come from a larger cache, where a short stream starts late.
+template <int Tile>
+inline void read_entries_ahead(const float* entries, std::int64_t steps) {
+  for (std::int64_t at = 0; at < steps * Tile; at += 16) __builtin_prefetch(entries + at);
+}
+
 template <int Tile, int Vecs>
 void advance_columns(const ColumnBlock& b, float* work) {
   constexpr int kLanes = Vecs * kWidth;
-  if (b.begin == 0) return;
   alignas(64) float sums[Tile * kLanes];
-  const float* packed = b.packed;
-  for (std::int64_t c = b.begin; c < b.end; c += Tile, packed += b.tile_stride) {
-    tile_sums<Tile, Vecs>(work, packed, b.begin, sums);
-    float* const columns = work + c * kLanes;
-    for (std::int64_t at = 0; at < min64(Tile, b.end - c) * kLanes; at += kWidth)
-      store_f32(columns + at, add(load_f32(columns + at), load_f32(sums + at)));
+  for (std::int64_t k = 0; k < b.begin; k += kDepth) {
+    const float* packed = b.packed + k * Tile;
+    for (std::int64_t c = b.begin; c < b.end; c += Tile, packed += b.tile_stride) {
+      const std::int64_t steps = min64(kDepth, b.begin - k);
+      read_entries_ahead<Tile>(c + Tile < b.end ? packed + b.tile_stride : b.packed + (k + kDepth) * Tile, steps);
+      tile_sums<Tile, Vecs>(work + k * kLanes, packed, steps, sums);
+      float* const columns = work + c * kLanes;
+      for (std::int64_t at = 0; at < min64(Tile, b.end - c) * kLanes; at += kWidth)
+        store_f32(columns + at, add(load_f32(columns + at), load_f32(sums + at)));
+    }
   }
 }
 
@@ -35,7 +47,7 @@ inline void code_tile(const ColumnBlock& b, std::int64_t begin, std::int64_t cou
       const GridVec grid = load_grid<Vecs>(grids + p * kWidth);
       const VecF w = load_f32(column + p * kWidth);
       const VecF level = levels.nearest(w, grid.inverse, grid.zero);
-      store_s8(s.codes + (begin - b.begin + i) * kLanes + p * kWidth, add(level, grid.zero));
+      store_s8(s.codes + b.order[begin + i] * kLanes + p * kWidth, add(level, grid.zero));
       error[p] = mul(sub(mul(level, grid.scale), w), inverse_diagonal);
       accumulate(total[p], error[p], error[p]);
       store_f32(column + p * kWidth, error[p]);
@@ -82,7 +94,7 @@ inline void refine_tile(const ColumnBlock& b, std::int64_t begin, std::int64_t c
     const VecF newton = set1(b.inverse_diagonal[begin + i] * kReluctance);
     for (int p = 0; p < Vecs; ++p) {
       const GridVec grid = load_grid<Vecs>(grids + p * kWidth);
-      std::int8_t* const code = s.codes + (begin + i) * kLanes + p * kWidth;
+      std::int8_t* const code = s.codes + b.order[begin + i] * kLanes + p * kWidth;
       float* const residual = s.work + (begin + i) * kLanes + p * kWidth;
       const VecF before = load_s8(code);
       const VecF wanted = mul(mul(load_f32(sums + i * kLanes + p * kWidth), newton), grid.inverse);

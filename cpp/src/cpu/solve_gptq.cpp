@@ -27,6 +27,7 @@ class Gptq {
   }
 
   void run() {
+    panels_.make_codes();
     parallel_for(panels_.count(), 1, [&](std::int64_t begin, std::int64_t end) {
       for (; begin < end; ++begin) load(begin);
     });
@@ -37,8 +38,9 @@ class Gptq {
       auto* packed = reinterpret_cast<float*>(
           memory.reserve(static_cast<std::size_t>(packed_floats(kernels_, columns, block_)) * sizeof(float)));
       pack_columns_parallel(kernels_, {a_.factor, a_.factor_stride, nullptr, end, Packing::plain}, begin, end, packed);
-      const ColumnBlock block{packed, kernels_.tile * end, inverse_diagonal_.data(), panels_.group_of(), begin,
-                              end,    a_.weight.num_bits};
+      const ColumnBlock block{
+          packed, kernels_.tile * end, inverse_diagonal_.data(), panels_.order(), panels_.group_of(), begin,
+          end,    a_.weight.num_bits};
       parallel_for(panels_.count(), 1, [&](std::int64_t first, std::int64_t last) {
         for (; first < last; ++first) run_block(block, first);
       });
@@ -62,21 +64,14 @@ class Gptq {
   }
 
   void run_block(const ColumnBlock& block, std::int64_t panel) {
-    const std::int64_t lanes = kernels_.lanes, count = block.end - block.begin;
-    if (!grids_first_) {
-      kernels_.advance(block, panels_.work(panel));
-      find_grid(panel, block.begin / block_);
-    }
-    float* totals = floats_of_thread(lanes + count * lanes);
-    auto* codes = reinterpret_cast<std::int8_t*>(totals + lanes);
-    kernels_.gptq(block, grids_first_ ? 0 : block.begin, {panels_.work(panel), panels_.grids(panel), codes, totals});
-    for (std::int64_t lane = 0; lane < panels_.rows(panel); ++lane) {
-      const std::int64_t row = panels_.first_row(panel) + lane;
-      loss_[static_cast<std::size_t>(row)] += static_cast<double>(totals[lane]);
-      std::int8_t* out = a_.codes + row * a_.weight.columns;
-      const std::int32_t* order = panels_.order() + block.begin;
-      for (std::int64_t c = 0; c < count; ++c) out[order[c]] = codes[c * lanes + lane];
-    }
+    const std::int64_t lanes = kernels_.lanes;
+    kernels_.advance(block, panels_.work(panel));
+    if (!grids_first_) find_grid(panel, block.begin / block_);
+    float* totals = floats_of_thread(lanes);
+    kernels_.gptq(block, block.begin, {panels_.work(panel), panels_.grids(panel), panels_.codes(panel), totals});
+    for (std::int64_t lane = 0; lane < panels_.rows(panel); ++lane)
+      loss_[static_cast<std::size_t>(panels_.first_row(panel) + lane)] += static_cast<double>(totals[lane]);
+    if (block.end == a_.weight.columns) panels_.store_codes(panel, a_.codes);
   }
 
   void finish() const {

@@ -138,7 +138,7 @@ struct GridSearch {
     }
     for (int p = 0; p < Vecs; ++p)
       keep_errors<Vecs>(levels, grid[p], columns + p * kWidth, count, scratch + p * kWidth);
-    half_form<Tile, Vecs>({importance.form, count * Tile, nullptr, nullptr, 0, count, 0}, scratch, errors);
+    half_form<Tile, Vecs>({importance.form, count * Tile, nullptr, nullptr, nullptr, 0, count, 0}, scratch, errors);
   }
 
   // The first of equally good grids stays.

@@ -51,6 +51,13 @@ void pack_rows(const SolveKernels& kernels, const PackArgs& a, std::int64_t begi
   }
 }
 
+// Parts of columns whose codes fit the first cache.
+template <class Fn>
+void over_column_parts(std::int64_t columns, Fn&& fn) {
+  constexpr std::int64_t kPart = 64;
+  for (std::int64_t begin = 0; begin < columns; begin += kPart) fn(begin, std::min(begin + kPart, columns));
+}
+
 }  // namespace
 
 std::int64_t packed_floats(const SolveKernels& kernels, std::int64_t rows, std::int64_t columns) {
@@ -112,6 +119,26 @@ void SolvePanels::load_grids(std::int64_t panel) {
 
 void SolvePanels::store_grid(std::int64_t panel, std::int64_t group) {
   store_grid_rows(weight_, first_row(panel), rows(panel), group, lanes(), grids(panel) + group * kGridRows * lanes());
+}
+
+void SolvePanels::make_codes() { codes_.resize(static_cast<std::size_t>(count_ * weight_.columns * lanes())); }
+
+void SolvePanels::load_codes(std::int64_t panel, const std::int8_t* rows) {
+  const std::int64_t columns = weight_.columns;
+  rows += first_row(panel) * columns;
+  over_column_parts(columns, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t lane = 0; lane < this->rows(panel); ++lane)
+      for (std::int64_t c = begin; c < end; ++c) codes(panel)[c * lanes() + lane] = rows[lane * columns + c];
+  });
+}
+
+void SolvePanels::store_codes(std::int64_t panel, std::int8_t* rows) {
+  const std::int64_t columns = weight_.columns;
+  rows += first_row(panel) * columns;
+  over_column_parts(columns, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t lane = 0; lane < this->rows(panel); ++lane)
+      for (std::int64_t c = begin; c < end; ++c) rows[lane * columns + c] = codes(panel)[c * lanes() + lane];
+  });
 }
 
 void store_grid_rows(const SolveWeight& weight, std::int64_t first_row, std::int64_t rows, std::int64_t group,

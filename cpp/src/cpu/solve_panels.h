@@ -50,6 +50,13 @@ class SolvePanels {
   // and back.
   void store_grid(std::int64_t panel, std::int64_t group);
 
+  // Codes of a panel [columns][lanes], columns as the weight has them; the first call makes memory for all.
+  void make_codes();
+  std::int8_t* codes(std::int64_t panel) { return codes_.data() + panel * weight_.columns * lanes(); }
+  // From rows of codes and back.
+  void load_codes(std::int64_t panel, const std::int8_t* rows);
+  void store_codes(std::int64_t panel, std::int8_t* rows);
+
  private:
   const SolveKernels& kernels_;
   const SolveWeight& weight_;
@@ -57,6 +64,7 @@ class SolvePanels {
   std::vector<std::int32_t> order_, position_, group_of_;
   Scratch work_memory_, grid_memory_;
   float *work_, *grids_;
+  std::vector<std::int8_t> codes_;
 };
 
 // One grid of lanes to scale and zero_point of a weight's rows.

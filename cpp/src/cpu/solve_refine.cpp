@@ -17,8 +17,8 @@ class Refine {
       : a_(args),
         kernels_(*kernels().solve),
         panels_(kernels_, args.weight, args.order),
-        inverse_diagonal_(static_cast<std::size_t>(args.weight.columns)),
-        codes_(static_cast<std::size_t>(panels_.count() * args.weight.columns * kernels_.lanes)) {
+        inverse_diagonal_(static_cast<std::size_t>(args.weight.columns)) {
+    panels_.make_codes();
     for (std::size_t c = 0; c < inverse_diagonal_.size(); ++c) {
       const float diagonal = a_.hessian[panels_.order()[c] * (a_.hessian_stride + 1)];
       inverse_diagonal_[c] = diagonal >= FLT_MIN ? 1.0f / diagonal : 0.0f;
@@ -33,7 +33,7 @@ class Refine {
       changed += now;
       if (now == 0) break;
     }
-    over_panels([&](std::int64_t panel) { store(panel); });
+    over_panels([&](std::int64_t panel) { panels_.store_codes(panel, a_.codes); });
     return changed;
   }
 
@@ -45,32 +45,19 @@ class Refine {
     });
   }
 
-  std::int8_t* codes(std::int64_t panel) { return codes_.data() + panel * a_.weight.columns * kernels_.lanes; }
-  std::int8_t* stored(std::int64_t panel, std::int64_t lane) const {
-    return a_.codes + (panels_.first_row(panel) + lane) * a_.weight.columns;
-  }
-
   // Codes and what they leave of the weight.
   void load(std::int64_t panel) {
     const std::int64_t lanes = kernels_.lanes;
     panels_.load(panel);
     panels_.load_grids(panel);
+    panels_.load_codes(panel, a_.codes);
     for (std::int64_t c = 0; c < a_.weight.columns; ++c) {
       const float* grid = panels_.grids(panel) + panels_.group_of()[c] * kGridRows * lanes;
+      const std::int8_t* codes = panels_.codes(panel) + panels_.order()[c] * lanes;
       float* work = panels_.work(panel) + c * lanes;
-      for (std::int64_t lane = 0; lane < panels_.rows(panel); ++lane) {
-        const std::int8_t code = stored(panel, lane)[panels_.order()[c]];
-        codes(panel)[c * lanes + lane] = code;
-        work[lane] -= (static_cast<float>(code) - grid[kZero * lanes + lane]) * grid[kScale * lanes + lane];
-      }
+      for (std::int64_t lane = 0; lane < lanes; ++lane)
+        work[lane] -= (static_cast<float>(codes[lane]) - grid[kZero * lanes + lane]) * grid[kScale * lanes + lane];
     }
-  }
-
-  void store(std::int64_t panel) {
-    const std::int64_t lanes = kernels_.lanes;
-    for (std::int64_t lane = 0; lane < panels_.rows(panel); ++lane)
-      for (std::int64_t c = 0; c < a_.weight.columns; ++c)
-        stored(panel, lane)[panels_.order()[c]] = codes(panel)[c * lanes + lane];
   }
 
   std::int64_t visit_all() {
@@ -82,11 +69,12 @@ class Refine {
       const std::int64_t end = std::min(begin + kColumnBlock, columns);
       pack_columns_parallel(kernels_, {a_.hessian, a_.hessian_stride, a_.order, columns, Packing::plain}, begin, end,
                             packed);
-      const ColumnBlock block{packed, kernels_.tile * columns, inverse_diagonal_.data(), panels_.group_of(), begin,
-                              end,    a_.weight.num_bits};
+      const ColumnBlock block{
+          packed, kernels_.tile * columns, inverse_diagonal_.data(), panels_.order(), panels_.group_of(), begin,
+          end,    a_.weight.num_bits};
       over_panels([&](std::int64_t panel) {
         float* totals = floats_of_thread(kernels_.lanes);
-        kernels_.refine(block, columns, {panels_.work(panel), panels_.grids(panel), codes(panel), totals});
+        kernels_.refine(block, columns, {panels_.work(panel), panels_.grids(panel), panels_.codes(panel), totals});
         std::int64_t sum = 0;
         for (std::int64_t lane = 0; lane < panels_.rows(panel); ++lane) sum += static_cast<std::int64_t>(totals[lane]);
         changed += sum;
@@ -99,7 +87,6 @@ class Refine {
   const SolveKernels& kernels_;
   SolvePanels panels_;
   std::vector<float> inverse_diagonal_;
-  std::vector<std::int8_t> codes_;
   Scratch packed_;
 };
 

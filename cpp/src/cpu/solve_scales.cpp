@@ -71,7 +71,7 @@ double rounding_loss(const RoundingLossArgs& a) {
   for (std::int64_t begin = 0; begin < columns; begin += kColumnBlock) {
     const std::int64_t end = std::min(begin + kColumnBlock, columns);
     pack_columns_parallel(table, {a.hessian, a.hessian_stride, nullptr, end, Packing::half_form}, begin, end, packed);
-    const ColumnBlock block{packed, table.tile * end, nullptr, nullptr, begin, end, 0};
+    const ColumnBlock block{packed, table.tile * end, nullptr, nullptr, nullptr, begin, end, 0};
     parallel_for(panels.count(), 1, [&](std::int64_t first, std::int64_t last) {
       float* totals = floats_of_thread(lanes);
       for (; first < last; ++first) {
