@@ -85,7 +85,9 @@ def test_wrong_options_are_one_sentence_and_write_nothing(
         defaults += ["--calibration", str(text)]
     assert main(["quantize", str(model), "-o", "out", *defaults, *arguments]) == 1
     error = capsys.readouterr().err
-    assert message in error and error.startswith("qtale: error: ") and "Traceback" not in error
+    assert message in error
+    assert error.startswith("qtale: error: ")
+    assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
 

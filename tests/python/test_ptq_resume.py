@@ -120,9 +120,10 @@ def test_damaged_state_is_found(model: Path, tmp_path: Path, monkeypatch: pytest
         if name == "layers" and len(value) == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Journal, "save", stop)
-        run(model, tmp_path / "out", resume=tmp_path / "state")
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", resume=tmp_path / "state")
     kept = {path: path.read_bytes() for path in (tmp_path / "state").iterdir() if path.is_file()}
     for path, content in kept.items():
         if path.suffix not in (".f32", ".safetensors"):
@@ -147,9 +148,10 @@ def test_a_full_disk_leaves_nothing_half_written(
             raise Error(f"{self.path(name)}: cannot be written: No space left on device.")
         return original(self, name, tensors)
 
-    with monkeypatch.context() as patch, pytest.raises(Error, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(SolvedLayers, "write", full)
-        run(model, tmp_path / "out", resume=tmp_path / "state")
+        with pytest.raises(Error, match="No space left"):
+            run(model, tmp_path / "out", resume=tmp_path / "state")
     assert not (tmp_path / "out").exists()
     assert run(model, tmp_path / "out", resume=tmp_path / "state") == straight
 
