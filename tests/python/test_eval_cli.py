@@ -59,7 +59,33 @@ def _run(*words: str) -> int:
 
 
 def test_without_a_model_it_is_the_demo_at_4_bits() -> None:
-    assert (_options().model, _options().spec) == ("demo", QuantSpec(4, "auto", True))
+    found = _options()
+    assert (found.model, found.spec, found.method) == ("demo", QuantSpec(4, "auto", True), "auto")
+    assert _options("--bits", "4").method == _options("--dense").method == "rtn"
+
+
+def test_a_calibrated_method_scores_the_folder_that_it_keeps(
+    model: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qtale
+    from qtale.integrations import calibration
+    from qtale.integrations.quantized_cache import quantized_folder
+
+    text = ["one two three four five six seven\n\n" * 400]
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "_bundled", lambda: text)
+    options = qtale.SolverOptions("gptq", num_samples=4, seq_len=16)
+    first = quantized_folder(model, QuantSpec(3, 32), options, progress=False)
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    assert quantized_folder(model, QuantSpec(3, 32), options, progress=False) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == written
+    assert quantized_folder(model, QuantSpec(4, 32), options, progress=False) != first
+    assert not list(first.parent.glob(".*.state"))
+    outcome = evaluate(EvalOptions(("arc_easy",), str(first), data=str(documents)))
+    assert outcome.results["qtale"]["bits_per_weight_quantized"] > 3
+    with pytest.raises(InputError, match="--method gptq: says how to quantize"):
+        _options("--model", str(model), "--method", "gptq")
     assert _options("--dense").spec is None
     assert _options("--bits", "8", "--group-size", "channel").spec == QuantSpec(8, "channel", True)
     assert _options("--model", "some/where").spec is None

@@ -10,6 +10,7 @@ from typing import Any
 
 from qtale.errors import InputError
 from qtale.eval.options import BACKENDS, DEMO, SEEDS, EvalOptions
+from qtale.ptq.options import AUTO, METHODS, RTN
 from qtale.spec import QuantSpec
 
 NAME = "eval"
@@ -28,11 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--model", "-m", metavar="PATH|NAME|demo", help="folder or hub name (default: the demo model at 4 bits)")
+    add(
+        "--model",
+        "-m",
+        metavar="PATH|NAME|demo",
+        help="folder or hub name (default: the demo model at 4 bits)",
+    )
     add("--bits", type=int, metavar="N", help="quantize in memory: 2, 3, 4 or 8")
     add("--group-size", "--group_size", metavar="auto|N|channel", help="weights per scale: 32, 64, 128 (default auto)")
     add("--symmetric", dest="symmetric", action="store_true", default=None, help="with --bits; the default")
     add("--asymmetric", dest="symmetric", action="store_false", help="with --bits; zero points")
+    add("--method", choices=METHODS, help="with --bits: how codes are found (default rtn, in memory; demo: auto)")
     add("--dense", action="store_true", help="score the model as it is stored")
     add(
         "--baseline",
@@ -100,8 +107,20 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
     }
     if args.limit is not None and args.limit >= 1:
         same["limit"] = int(args.limit)
-    same |= {"tasks": tuple(args.tasks.split(",")), "model": args.model or DEMO, "spec": _spec(args)}
+    same |= {
+        "tasks": tuple(args.tasks.split(",")),
+        "model": args.model or DEMO,
+        "spec": _spec(args),
+        "method": _method(args),
+    }
     return EvalOptions(**same)
+
+
+def _method(args: argparse.Namespace) -> str:
+    if args.method is not None:
+        return str(args.method)
+    plain = args.model is None and args.bits is None and args.group_size is None and args.symmetric is None
+    return AUTO if plain and not args.dense else RTN
 
 
 def _spec(args: argparse.Namespace) -> QuantSpec | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtale.errors import InputError
+from qtale.ptq.options import METHODS, RTN
 from qtale.spec import QuantSpec
 
 DEMO = "demo"
@@ -18,8 +19,9 @@ SEEDS = (0, 1234, 1234, 1234)
 class EvalOptions:
     """Options of ``qtale.eval.evaluate``; those of lm-eval have its names and meanings.
 
-    ``spec`` quantizes a dense model in memory. ``baseline`` scores a dense model too: "" the one that is quantized in
-    memory, else a folder or hub name. ``limit`` is a number of documents a task, below 1 a share of them.
+    ``spec`` quantizes a dense model: in memory where ``method`` is "rtn", else by calibration into a folder that is
+    kept (:func:`qtale.integrations.quantized_cache.quantized_folder`). ``baseline`` scores a dense model too: "" the
+    one that is quantized, else a folder or hub name. ``limit`` is a number of documents a task, below 1 a share.
     ``backend`` is "engine" (C++), "torch", or "auto": the engine where it runs the model as asked. ``lm_head_bits`` and
     ``threads`` are the engine's.
     ``perplexity_windows`` bounds the windows of wikitext's perplexity (default: ``limit`` if it is a number, else all).
@@ -28,6 +30,7 @@ class EvalOptions:
     tasks: tuple[str, ...]
     model: str = DEMO
     spec: QuantSpec | None = None
+    method: str = RTN
     baseline: str | None = None
     compute: str = "int8"
     backend: str = "auto"
@@ -55,6 +58,10 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InputError(f"--backend {self.backend!r}: is not known; use {', '.join(BACKENDS)}.")
+        if self.method not in METHODS:
+            raise InputError(f"--method {self.method!r}: is not known; use {', '.join(METHODS)}.")
+        if self.method != RTN and self.spec is None:
+            raise InputError(f"--method {self.method}: says how to quantize; add --bits.")
         self._check_positive("threads", self.threads)
         self._check_positive("limit", self.limit)
         self._check_positive("max_length", self.max_length)

@@ -20,10 +20,12 @@ from qtale.eval.options import EvalOptions
 from qtale.eval.perplexity import WINDOW, perplexity, wikitext2
 from qtale.eval.sources import Source, choose
 from qtale.eval.tasks import opened_tasks, task_names
+from qtale.ptq.options import RTN, SolverOptions
 
 if TYPE_CHECKING:
     from qtale.integrations.engine_lm import EngineLM
     from qtale.integrations.lm_eval import QtaleLM
+    from qtale.spec import QuantSpec
 
     ScoringLM = EngineLM | QtaleLM
 
@@ -102,12 +104,21 @@ class _Run:
             logger.info("eval: the dense baseline")
             baseline = self._scored(self.dense_folder, None, None)
             baseline.pop("samples", None)
-        results = self._scored(self.folder, options.spec, tracker)
+        results = self._scored(*self._quantized(), tracker)
         samples = results.pop("samples", None)
         if baseline is not None:
             results["qtale"]["baseline"] = {"results": baseline["results"], **baseline["qtale"]}
         file = None if tracker is None else _save(tracker, results, samples, options)
         return EvalOutcome(results, samples, baseline, file)
+
+    def _quantized(self) -> tuple[Path, QuantSpec | None]:
+        """The folder to be scored and what to quantize it to in memory."""
+        options = self.options
+        if options.spec is None or options.method == RTN:
+            return self.folder, options.spec
+        from qtale.integrations.quantized_cache import quantized_folder
+
+        return quantized_folder(self.folder, options.spec, SolverOptions(options.method)), None
 
     def _dense_folder(self, quantized: bool) -> Path | None:
         from qtale.integrations.scoring_model import is_quantized, model_folder
