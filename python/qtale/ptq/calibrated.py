@@ -67,7 +67,7 @@ def solve_layers(
         recipes = [recipe_of(options, row.spec) for row in rows.values()]
         beside = any(recipe.awq for recipe in recipes)
         kinds = (QUANTIZED, DENSE) if beside else (QUANTIZED,)
-        nbytes = 2 * len(kinds) * tokens.size * model.hidden_size * 4
+        nbytes = (2 * len(kinds) + 1) * tokens.size * model.hidden_size * 4
         states = stack.enter_context(open_states(where, (tokens.shape[1], model.hidden_size), nbytes, max_memory))
         layers = SolvedLayers(where or stack.enter_context(_temporary()))
         run = _Run(model, Streams(model, states, tokens, kinds), rows, options, journal, layers)

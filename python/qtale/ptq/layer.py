@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qtale.format.tensors import packed_tensors
@@ -14,8 +16,9 @@ from qtale.ptq.matrix import restored, solve_matrix
 from qtale.ptq.moments import Moments
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import Recipe, recipe_of
+from qtale.ptq.silence import begins_behind, part_around, silenced
 from qtale.ptq.stages import Stage, find_stages, rows_entering
-from qtale.ptq.streams import DENSE, QUANTIZED, Streams
+from qtale.ptq.streams import BEHIND, DENSE, QUANTIZED, Streams
 from qtale.ptq.weights import LayerWeights
 from qtale.ptq.worklist import LayerRow
 
@@ -51,19 +54,42 @@ class LayerSolver:
         linears = {name: self.parts[name] for name in parameters}
         self.weights = LayerWeights(parameters)
         sample = self.streams.read(QUANTIZED, self.index, 0, 1)
+        self._source = QUANTIZED
         self.stages = find_stages(self.parts, linears, self.layer, sample)
 
     def run(self, done: Callable[[int], object]) -> None:
         """Solve every stage and write the streams before the next layer; ``done`` is told sequences as they finish."""
         if any(self._recipe(stage).awq for stage in self.stages if self._solved(stage)):
             self.tensors |= scale_inputs(self)
-        for stage in self.stages:
-            if self._solved(stage):
-                self._solve(stage)
-        self.streams.advance(QUANTIZED, self.index, self.layer, done)
+        with ExitStack() as stack:
+            for stage in self.stages:
+                if self._solved(stage):
+                    self._solve(stage)
+                if stage is not self.stages[-1]:
+                    self._go_behind(stage, stack)
+            self.streams.advance(QUANTIZED, self.index, self.layer, done, self._source)
+            self._source = QUANTIZED
         if DENSE in self.streams.kinds:
             with self.weights.using(DENSE):
                 self.streams.advance(DENSE, self.index, self.layer, lambda _: None)
+
+    def _go_behind(self, stage: Stage, stack: ExitStack) -> None:
+        """Keep the residual stream behind a finished stage, so that later ones need not run what comes before it."""
+        around = part_around(self.parts, stage.modules[0])
+        if stage.residual is None or around is None or self._source != QUANTIZED:
+            return
+        part, sample = self.parts[around], self.streams.read(QUANTIZED, self.index, 0, 1)
+        if not begins_behind(part, self.layer, sample, self._behind(stage, 0, 1)):
+            return
+        self.streams.insert(self.index, partial(self._behind, stage))
+        self._source = BEHIND
+        stack.enter_context(silenced(part))
+
+    def _behind(self, stage: Stage, start: int, stop: int) -> torch.Tensor:
+        rows, stream = self._rows(QUANTIZED, stage, start, stop)
+        assert stream is not None, "only stages that are added to the stream are gone behind"
+        behind: torch.Tensor = stream + self.parts[stage.modules[0]](rows)
+        return behind.unflatten(0, (stop - start, -1))
 
     def _solved(self, stage: Stage) -> list[str]:
         return [name for name in stage.modules if name in self.rows]
@@ -102,7 +128,7 @@ class LayerSolver:
         return moments
 
     def _rows(self, kind: str, stage: Stage, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden = self.streams.read(kind, self.index, start, stop)
+        hidden = self.streams.read(self._source if kind == QUANTIZED else kind, self.index, start, stop)
         with self.weights.using(kind):
             return rows_entering(self.parts, stage, self.layer, hidden)
 

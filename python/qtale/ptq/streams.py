@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from qtale.layerwise.model import Layer, LayeredModel
     from qtale.layerwise.states import States
 
-# What the layers quantized so far give, and what the dense model gives.
-QUANTIZED, DENSE = "quantized", "dense"
+# What the layers quantized so far give, what the dense model gives, and the first inside a layer, behind its attention.
+QUANTIZED, DENSE, BEHIND = "quantized", "dense", "behind"
 # Tokens that go through a layer together: enough for fast products, little enough to stay in the caches.
 BATCH_TOKENS = 2048
 
@@ -50,12 +50,21 @@ class Streams:
         """Sequences ``start`` to ``stop`` before layer ``index``: [stop - start, length, hidden]."""
         return self.states.read(self._name(kind, index), start, stop)
 
-    def advance(self, kind: str, index: int, layer: Layer, done: Callable[[int], object]) -> None:
-        """Run a layer over a stream; ``done`` is told the sequences. Raises CheckpointError for NaN or infinities."""
+    def advance(self, kind: str, index: int, layer: Layer, done: Callable[[int], object], source: str = "") -> None:
+        """Run a layer over a stream; ``done`` is told the sequences. Raises CheckpointError for NaN or infinities.
+
+        What enters it is the stream ``source`` of the same index, ``kind`` by default.
+        """
         with self.states.writing(self._name(kind, index + 1)) as write:
             for start, stop in self.ranges():
-                write(self._checked(layer(self.read(kind, index, start, stop)), f"layer {index}"))
+                write(self._checked(layer(self.read(source or kind, index, start, stop)), f"layer {index}"))
                 done(stop - start)
+
+    def insert(self, index: int, behind: Callable[[int, int], torch.Tensor]) -> None:
+        """Write the states BEHIND a part of a layer: ``behind`` gives those of the sequences from start to stop."""
+        with self.states.writing(self._name(BEHIND, index)) as write:
+            for start, stop in self.ranges():
+                write(behind(start, stop))
 
     def seals(self, index: int) -> dict[str, str]:
         """Checksums of the states before a layer."""
@@ -68,7 +77,7 @@ class Streams:
 
     def drop(self, index: int) -> None:
         """Forget the states before a layer."""
-        for kind in self.kinds:
+        for kind in (*self.kinds, BEHIND):
             self.states.drop(self._name(kind, index))
 
     @staticmethod
