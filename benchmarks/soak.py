@@ -7,6 +7,7 @@ static depths take turns in random order; sometimes two threads call at a time.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import random
 import sys
@@ -34,8 +35,16 @@ TEXT = (
 )
 PROMPTS = ["The capital of France is", TEXT, "Once upon a time", TEXT + TEXT]
 ENDINGS = [" in the morning", " Paris", " apples", " iron and wool"]
-SLACK = 4 << 20  # bytes that memory may grow by, without what the allocator keeps for later
+SLACK = 4 << 20  # bytes that memory may grow by
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 THREADED = 0.2  # share of turns with two threads
+
+
+def give_back_at_once() -> None:
+    """Tell glibc to keep no large freed blocks: what it keeps (tens of MiB, by chance) would hide what leaks."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD) if mallopt is not None else ():
+        mallopt(parameter, 128 << 10)
 
 
 def rss(released: bool = False) -> int:
@@ -191,6 +200,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Runs and prints what was found; 1 where a result changed or memory grew."""
     options = parse()
+    give_back_at_once()
     try:
         model = qtale.demo.model() if options.model == "demo" else options.model
         engine = qtale.load(model, bits=options.bits or None, num_threads=options.threads, progress=False)
