@@ -89,7 +89,7 @@ class LayerSolver:
         rows, stream = self._rows(QUANTIZED, stage, start, stop)
         assert stream is not None, "only stages that are added to the stream are gone behind"
         behind: torch.Tensor = stream + self.parts[stage.modules[0]](rows)
-        return behind.unflatten(0, (stop - start, -1))
+        return behind.reshape(stop - start, -1, behind.shape[-1])
 
     def _solved(self, stage: Stage) -> list[str]:
         return [name for name in stage.modules if name in self.rows]
