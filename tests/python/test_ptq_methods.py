@@ -147,3 +147,19 @@ def test_options_are_checked() -> None:
             SolverOptions(**wrong)  # type: ignore[arg-type]
     assert dataclasses.replace(SolverOptions("auto"), tune_steps=0).tuning == 0
     assert SolverOptions("gptq").tuning == 0 < SolverOptions("auto").tuning
+
+
+def test_a_dry_run_estimates_time_and_memory(models: dict[str, Path]) -> None:
+    few, many = (
+        qtale.quantize(
+            models["llama"], None, QuantSpec(4, 32), method=SolverOptions("gptq", num_samples=count), dry_run=True
+        )
+        for count in (8, 4096)
+    )
+    assert few.estimated_seconds is not None
+    assert many.estimated_seconds is not None
+    assert 0 < few.estimated_seconds < many.estimated_seconds
+    assert few.peak_bytes < many.peak_bytes
+    rounding = qtale.quantize(models["llama"], None, QuantSpec(4, 32), dry_run=True)
+    assert rounding.estimated_seconds is None
+    assert rounding.peak_bytes < few.peak_bytes

@@ -20,6 +20,7 @@ from qtale.errors import CheckpointError, InputError
 from qtale.format.config import build_config
 from qtale.format.tensors import packed_layout, packed_tensors
 from qtale.ptq.calibrated import MAX_MEMORY, solve_layers
+from qtale.ptq.estimate import estimate
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.solved import SolvedTensors
 from qtale.ptq.worklist import LayerRow, Overrides, QuantizeReport, Worklist, build_report, list_work, planned_overrides
@@ -77,19 +78,26 @@ def quantize(
     report = build_report(folder, work, None if out is None else str(out), dry_run)
     if work.left_dense:
         _logger.warning("left dense, not known as Linear layers: %s", _shortened(work.left_dense))
+    calibrated = options is not None and options.calibrated
+    if options is not None and calibrated and dry_run:
+        expected = estimate(folder, _blocks(work), options, max_memory)
+        return dataclasses.replace(report, peak_bytes=expected.peak_bytes, estimated_seconds=expected.seconds)
     if dry_run or out is None:
         return report
     with ExitStack() as stack:
         solved = None
-        if options is not None and options.calibrated:
-            blocks = {name: row for name, row in work.rows.items() if names.block_index(f"{name}.") is not None}
+        if options is not None and calibrated:
             settings: dict[str, Any] = {"resume": resume, "max_memory": max_memory, "progress": progress}
-            found = stack.enter_context(solve_layers(folder, blocks, options, tokens, **settings))
+            found = stack.enter_context(solve_layers(folder, _blocks(work), options, tokens, **settings))
             solved = Solution(stack.enter_context(found.layers.reading(found.files)), found.found)
         target = stack.enter_context(output_folder(out, report.bytes_after + _MARGIN_BYTES))
         rows = _write_shards(folder, work, target, progress, solved)
         _write_small_files(folder, work, target)
     return dataclasses.replace(report, layers=rows)
+
+
+def _blocks(work: Worklist) -> dict[str, LayerRow]:
+    return {name: row for name, row in work.rows.items() if names.block_index(f"{name}.") is not None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ class QuantizeReport:
     """What ``quantize`` did, or in a dry run would do; sizes in bytes of tensor data.
 
     ``left_dense`` names matrices inside decoder blocks that are copied as they are, ``peak_bytes`` estimates the
-    resident memory of the run.
+    resident memory of the run and ``estimated_seconds``, of a calibrated dry run alone, its time on this machine.
     """
 
     model: str
@@ -79,6 +79,7 @@ class QuantizeReport:
     bytes_before: int
     bytes_after: int
     peak_bytes: int
+    estimated_seconds: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
