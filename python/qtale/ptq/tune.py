@@ -60,7 +60,7 @@ def needed_bytes(folder: ModelFolder, seq_len: int, options: TuneOptions) -> int
     layers = int(folder.config["num_hidden_layers"])
     wide = 6 * int(folder.config["hidden_size"]) + 4 * int(folder.config["intermediate_size"])
     vocabulary = int(folder.config["vocab_size"])
-    return parameters * (4 + 1 + 8) + tokens * layers * wide * 8 + min(tokens, _HEAD_TOKENS) * vocabulary * 16
+    return parameters * (4 + 2 + 4) + tokens * layers * wide * 4 + min(tokens, _HEAD_TOKENS) * vocabulary * 16
 
 
 def tune(
