@@ -70,7 +70,9 @@ def cases(options: argparse.Namespace) -> list[Case]:
         found.append(Case(form, "rtn"))
         for seed in range(options.seeds):
             found += [Case(form, method, seed=seed) for method in options.methods if method != "rtn"]
-            found += [Case(form, method, peer, seed) for peer in options.peers for method in PEERS[peer].methods]
+            for peer in options.peers:
+                shared = [method for method in PEERS[peer].methods if method in options.methods]
+                found += [Case(form, method, peer, seed) for method in shared]
     return found
 
 
@@ -157,7 +159,8 @@ class Runs:
         return str(path)
 
     def _perplexity(self, folder: Path) -> float:
-        with qtale.load(folder, compute="float", kv_dtype="float32", num_threads=self.options.threads) as engine:
+        threads = self.options.threads
+        with qtale.load(folder, compute="float", kv_dtype="float32", num_threads=threads, progress=False) as engine:
             return engine.perplexity(self.text, self.options.window_tokens)
 
 
@@ -221,7 +224,7 @@ def parse() -> argparse.Namespace:
         "--methods", type=_names(METHODS), default=list(METHODS), metavar="A,B", help=", ".join(METHODS)
     )
     parser.add_argument("--peers", type=_names(PEERS), default=[], metavar="A,B", help=", ".join(PEERS))
-    parser.add_argument("--peer-dtype", default="auto", help="what llm-compressor loads the model in (default: stored)")
+    parser.add_argument("--peer-dtype", default="float32", help="of llm-compressor (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds, for the spread")

@@ -86,7 +86,7 @@ class Quantization:
         if value.get("dry_run") is not False:
             raise InputError(f"{where}: is of a dry run, which has no errors to show; quantize without --dry-run.")
         rows = value.get("layers")
-        if not isinstance(rows, list):
+        if not isinstance(rows, list | tuple):
             raise InputError(f"{where}: 'layers' must be a list.")
         matrices = [_matrix(row, f"{where}: layer {number}") for number, row in enumerate(rows)]
         inside = [matrix for matrix in matrices if matrix is not None]
