@@ -19,7 +19,7 @@ from qtale.checkpoint import fingerprint
 from qtale.cli.main import main
 from qtale.importance import Importance
 from qtale.planner import LayerBits, Plan, PlannedModel
-from qtale.report import Results, charts
+from qtale.report import Quantization, Results, charts
 
 SCORES = {"jaccard": [0.9, 0.4, 0.2, 0.6], "lim": [-0.1, -0.9, -0.95, -0.7]}
 SETS = [[[1, 2, 3, 4], [3, 4, 5, 6], [3, 4, 5, 6], [5, 6, 7, 8], [60, 61, 62, 63]]]
@@ -33,6 +33,17 @@ def results_of(model: Path, **changes: Any) -> dict[str, Any]:
     rows = [{**row, "method": method, "perplexity": value, "seed": seed} for method, value, seed in values]
     settings = {"fingerprint": fingerprint(model), "windows": 2, "window_tokens": 64, "dtype": "float32"}
     return {"format": "qtale.results", "version": 1, "settings": settings, "rows": rows, **changes}
+
+
+def quantized(model: Path, layers: int = LAYERS, **changes: Any) -> dict[str, Any]:
+    """What ``qtale quantize --json`` prints, as far as the report reads it."""
+    found = {"num_bits": 4, "error": None, "output_error": 1e-3, "rtn_output_error": 4e-3, "seconds": 0.5}
+    inside = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(layers) for name in ("up", "down")]
+    rows = [{**found, "name": name, **changes} for name in inside]
+    head = {**found, "name": "lm_head", "error": 0.1, "output_error": None, "rtn_output_error": None, "seconds": None}
+    sizes = {"bytes_before": 4096, "bytes_after": 1024, "bits_per_weight": 4.25}
+    about = {"format": "qtale.quantization", "version": 1, "model": str(model), "dry_run": False}
+    return {**about, **sizes, "layers": [*rows, head]}
 
 
 def plan_of(model: Path) -> Plan:
@@ -92,6 +103,58 @@ def test_importance_alone_makes_a_page(files: list[str], tmp_path: Path, capsys:
     assert "<h2>Plan" not in page
 
 
+def test_a_quantization_alone_makes_a_page(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="charts need matplotlib")
+    (tmp_path / "quantize.json").write_text(json.dumps(quantized(model)))
+    out = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "quantize.json"), "-o", str(out), "--png", str(tmp_path / "charts")]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert page.count("<img") == 1
+    assert f"<h1>Layers of {model.name}</h1>" in page
+    assert f"Solving took {LAYERS} seconds" in page
+    assert "<td>4.000e-03</td><td>1.000e-03</td><td>25%</td><td>0.50</td>" in page
+    assert "lm_head" not in page
+    assert [path.name for path in (tmp_path / "charts").iterdir()] == ["errors.png"]
+
+
+def test_a_quantization_beside_all_else(files: list[str], model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="charts need matplotlib")
+    rounded = {"error": 0.1, "output_error": None, "rtn_output_error": None, "seconds": None}
+    (tmp_path / "quantize.json").write_text(json.dumps(quantized(model, **rounded)))
+    out = tmp_path / "report.html"
+    assert main(["report", *files, str(tmp_path / "quantize.json"), "-o", str(out)]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert page.count("<img") == 5
+    assert "as a share of their norm" in page
+
+
+def test_the_chart_of_errors_has_a_panel_for_each_module(model: Path) -> None:
+    pytest.importorskip("matplotlib", reason="charts need matplotlib")
+    found = Quantization.from_json(quantized(model))
+    titles = [axes.get_title(loc="left") for axes in charts.error_chart(found).axes]
+    assert titles == ["mlp.up_proj", "mlp.down_proj", "seconds"]
+    first = charts.error_chart(found).axes[0]
+    assert [line.get_ydata()[0] for line in first.lines] == [4e-3, 1e-3]
+    assert found.seconds_by_layer() == [1.0] * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": "x"}, "is no output of `qtale quantize --json`"),
+        ({"dry_run": True}, "is of a dry run"),
+        ({"layers": []}, "has no matrix of a decoder layer"),
+        ({"layers": {}}, "'layers' must be a list"),
+        ({"layers": [{"name": "model.layers.0.up_proj", "num_bits": 4}]}, "has neither 'output_error' nor 'error'"),
+        ({"layers": [{"name": "a.0.b", "num_bits": 4, "error": float("nan")}]}, "has error nan"),
+        ({"layers": [3]}, "must be an object with a 'name'"),
+    ],
+)
+def test_odd_quantizations_are_refused(model: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Quantization.from_json({**quantized(model), **changes})
+
+
 def test_a_browser_shows_the_page(written: Path, tmp_path: Path) -> None:
     browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
     if browser is None:
@@ -144,6 +207,8 @@ def test_refusals_are_sentences(
     other = save_model(tmp_path / "other", seed=8)
     plan_of(other).write(tmp_path / "plan.json")
     assert "the plan is for another model" in refused(capsys, files[2], str(tmp_path / "plan.json"), *out)
+    (tmp_path / "quantize.json").write_text(json.dumps(quantized(model, LAYERS + 1)))
+    assert "the quantization is of another model" in refused(capsys, files[2], str(tmp_path / "quantize.json"), *out)
     (tmp_path / "results.json").write_text(json.dumps(results_of(other)))
     assert "the results are of another model" in refused(capsys, files[2], str(tmp_path / "results.json"), *out)
     assert not (tmp_path / "report.html").exists()

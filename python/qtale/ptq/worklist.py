@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qtale.planner.plan import Plan
 
 HEAD = "lm_head"
+REPORT_FORMAT, REPORT_VERSION = "qtale.quantization", 1
 # Resident size of Python with torch and qtale loaded, which comes on top of what the weights take.
 PROCESS_BYTES = 320 << 20
 # Rows are compared with the original in pieces of this many weights, in float32.
@@ -93,8 +94,8 @@ class QuantizeReport:
         return 8 * sum(row.bytes_after for row in self.layers) / weights
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of all fields, with both bits per weight."""
-        value = dataclasses.asdict(self)
+        """A JSON object of all fields, with both bits per weight; ``qtale report`` reads it."""
+        value = {"format": REPORT_FORMAT, "version": REPORT_VERSION, **dataclasses.asdict(self)}
         value["bits_per_weight"] = self.bits_per_weight
         value["bits_per_weight_quantized"] = self.bits_per_weight_quantized
         return value

@@ -1,4 +1,4 @@
-"""What qtale shows: folders and runs as text tables and JSON, LSAQ's measurements and plans as charts and one page.
+"""What qtale shows: folders and runs as text tables and JSON, measurements, plans and errors as charts and one page.
 
 qtale.report.write_page("report.html", importance, plan, results)        # results: of benchmarks/lsaq.py
 qtale.report.charts.importance_bars(importance).savefig("importance.png")
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qtale.report import charts
     from qtale.report.page import write_charts, write_page
+    from qtale.report.quantization import Quantization
     from qtale.report.results import Results
 
 _LAZY = {
+    "Quantization": "qtale.report.quantization",
     "Results": "qtale.report.results",
     "write_charts": "qtale.report.page",
     "write_page": "qtale.report.page",
 }
 
-__all__ = ["Results", "charts", "write_charts", "write_page"]
+__all__ = ["Quantization", "Results", "charts", "write_charts", "write_page"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from qtale import names
 from qtale.errors import InputError, UnsupportedError
 from qtale.importance.file import Importance
 from qtale.planner.plan import LayerBits, Plan
+from qtale.report.quantization import Matrix, Quantization
 from qtale.report.results import Point, Results
 
 if TYPE_CHECKING:
@@ -99,6 +100,31 @@ def frontier(results: Results) -> Figure:
     return figure
 
 
+def error_chart(quantization: Quantization) -> Figure:
+    """A panel for each module: the error of its outputs by layer beside that of rounding to nearest, and the time.
+
+    Without calibration there is one line, the error of the weights, and no panel of times.
+    """
+    modules = quantization.by_module()
+    seconds = quantization.seconds_by_layer()
+    panels = len(modules) + any(seconds)
+    columns = min(2, panels)
+    rows = -(-panels // columns)
+    figure = _figure(11 if columns > 1 else 7, 2.1 * rows + 0.5)
+    for place, (module, matrices) in enumerate(modules.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        _draw_errors(axes, module, matrices)
+        _label_layers(axes, quantization.num_layers)
+    if any(seconds):
+        axes = figure.add_subplot(rows, columns, panels)
+        axes.bar(range(len(seconds)), seconds, color=_BLUE)
+        axes.set_title("seconds", loc="left", fontsize=10)
+        _label_layers(axes, quantization.num_layers)
+    kind = "outputs" if quantization.calibrated else "weights"
+    figure.supxlabel(f"layer; relative error of the {kind}, logarithmic", fontsize=9)
+    return figure
+
+
 def overlap_map(importance: Importance) -> Figure:
     """|A ∩ B| / |A ∪ B| of the token sets of every two layer boundaries, mean over the sequences."""
     overlap = mean_overlap(importance.token_sets)
@@ -126,6 +152,20 @@ def mean_overlap(token_sets: Sequence[Sequence[Sequence[int]]]) -> npt.NDArray[n
         sets = [set(tokens) for tokens in sequence]
         total += [[len(a & b) / max(1, len(a | b)) for b in sets] for a in sets]
     return total / len(token_sets)
+
+
+def _draw_errors(axes: Any, module: str, matrices: Sequence[Matrix]) -> None:
+    layers = [matrix.layer for matrix in matrices]
+    nearest = [matrix.nearest for matrix in matrices if matrix.nearest is not None]
+    if len(nearest) == len(matrices):
+        axes.plot(layers, nearest, "-o", color=_GREY, linewidth=1, markersize=3, label="to nearest")
+    axes.plot(layers, [matrix.error for matrix in matrices], "-o", color=_BLUE, markersize=3, label="as written")
+    axes.set_title(module, loc="left", fontsize=10)
+    # An error of 0, as where a layer gives nothing, has no place on a logarithmic axis.
+    axes.set_yscale("log", nonpositive="mask")
+    axes.grid(alpha=0.25, axis="y")
+    if nearest:
+        axes.legend(fontsize=8, frameon=False)
 
 
 def png(figure: Figure) -> bytes:

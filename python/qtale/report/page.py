@@ -1,4 +1,4 @@
-"""One HTML page about importance, plan and results of a model: charts lie in it as data, nothing is loaded."""
+"""One HTML page about importance, plan, quantization and results of a model: charts lie in it, nothing is loaded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qtale.importance.file import Importance, check_new
 from qtale.memory.sizes import human_bytes
 from qtale.planner.plan import LayerBits, Plan
 from qtale.report import charts
+from qtale.report.quantization import Matrix, Quantization
 from qtale.report.results import Point, Results
 
 if TYPE_CHECKING:
@@ -37,35 +38,54 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: #2563a8; }
 
 
 def write_page(
-    out: str | Path, importance: Importance, plan: Plan | None = None, results: Results | None = None
+    out: str | Path,
+    importance: Importance | None = None,
+    plan: Plan | None = None,
+    results: Results | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Write the report as one HTML file that needs no network; it appears whole or not at all.
 
-    Raises InputError where the file exists or the parts are of different models, UnsupportedError without matplotlib.
+    It needs ``importance`` or ``quantization``. Raises InputError where both are missing, the file exists or the parts
+    are of different models, UnsupportedError without matplotlib.
     """
     path = Path(out).expanduser()
     check_new(path)
-    write_whole(path, page(importance, plan, results))
+    write_whole(path, page(importance, plan, results, quantization))
 
 
 def write_charts(
-    out: str | Path, importance: Importance, plan: Plan | None = None, results: Results | None = None
+    out: str | Path,
+    importance: Importance | None = None,
+    plan: Plan | None = None,
+    results: Results | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Write the charts as PNG files into a new folder; it appears whole or not at all. Raises as :func:`write_page`."""
-    _check_same_model(importance, plan, results)
+    _check_same_model(importance, plan, results, quantization)
     with output_folder(out) as folder:
-        for name, (_, figure) in _figures(importance, plan, results).items():
+        for name, (_, figure) in _figures(importance, plan, results, quantization).items():
             (folder / f"{name}.png").write_bytes(charts.png(figure))
 
 
-def page(importance: Importance, plan: Plan | None = None, results: Results | None = None) -> str:
+def page(
+    importance: Importance | None = None,
+    plan: Plan | None = None,
+    results: Results | None = None,
+    quantization: Quantization | None = None,
+) -> str:
     """The text of the HTML page; raises as :func:`write_page`."""
-    _check_same_model(importance, plan, results)
-    images = {name: _image(figure, text) for name, (text, figure) in _figures(importance, plan, results).items()}
-    title = f"Layers of {Path(str(importance.model.get('path', 'the model'))).name}"
-    parts = [f"<h1>{escape(title)}</h1>", _facts(importance), *_importance_part(importance, images)]
+    _check_same_model(importance, plan, results, quantization)
+    figures = _figures(importance, plan, results, quantization)
+    images = {name: _image(figure, text) for name, (text, figure) in figures.items()}
+    title = f"Layers of {Path(_model(importance, quantization)).name}"
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if importance is not None:
+        parts += [_facts(importance), *_importance_part(importance, images)]
     if plan is not None:
         parts += _plan_part(plan, images["plan"])
+    if quantization is not None:
+        parts += _quantization_part(quantization, images["errors"])
     if results is not None:
         parts += _results_part(results, images["frontier"])
     body = "\n".join(parts)
@@ -76,24 +96,52 @@ def page(importance: Importance, plan: Plan | None = None, results: Results | No
     )
 
 
-def _check_same_model(importance: Importance, plan: Plan | None, results: Results | None) -> None:
-    own = importance.model["fingerprint"]
-    if plan is not None and plan.model.fingerprint != own:
+def _model(importance: Importance | None, quantization: Quantization | None) -> str:
+    if importance is not None:
+        return str(importance.model.get("path", "the model"))
+    return quantization.model if quantization is not None else ""
+
+
+def _check_same_model(
+    importance: Importance | None, plan: Plan | None, results: Results | None, quantization: Quantization | None
+) -> None:
+    if importance is None and quantization is None:
         raise InputError(
-            f"report: the plan is for another model (fingerprint {plan.model.fingerprint[:19]}) than the importance "
-            f"({own[:19]}); give files of one model."
+            "report: no importance.json is given; make one with `qtale measure`, or give the output of "
+            "`qtale quantize --json`."
         )
-    if results is not None:
-        results.check_model(own)
+    prints = [
+        part for part in (importance and importance.model["fingerprint"], plan and plan.model.fingerprint) if part
+    ]
+    if len(set(prints)) > 1:
+        raise InputError(
+            f"report: the plan is for another model (fingerprint {prints[1][:19]}) than the importance "
+            f"({prints[0][:19]}); give files of one model."
+        )
+    if results is not None and prints:
+        results.check_model(prints[0])
+    if importance is not None and quantization is not None:
+        count = importance.model["num_layers"]
+        if quantization.num_layers > count:
+            raise InputError(
+                f"report: the quantization is of another model with at least {quantization.num_layers} layers than the "
+                f"importance, which has {count}; give files of one model."
+            )
 
 
-def _figures(importance: Importance, plan: Plan | None, results: Results | None) -> dict[str, tuple[str, Figure]]:
+def _figures(
+    importance: Importance | None, plan: Plan | None, results: Results | None, quantization: Quantization | None
+) -> dict[str, tuple[str, Figure]]:
     """File name → what the chart shows, and the chart."""
-    found = {"importance": ("Bars of importance by layer", charts.importance_bars(importance))}
-    if importance.token_sets:
-        found["overlap"] = ("Heat map of the overlap of token sets", charts.overlap_map(importance))
+    found = {}
+    if importance is not None:
+        found["importance"] = ("Bars of importance by layer", charts.importance_bars(importance))
+        if importance.token_sets:
+            found["overlap"] = ("Heat map of the overlap of token sets", charts.overlap_map(importance))
     if plan is not None:
         found["plan"] = ("Bits of every module by layer", charts.plan_chart(plan))
+    if quantization is not None:
+        found["errors"] = ("Error of every matrix by layer", charts.error_chart(quantization))
     if results is not None:
         found["frontier"] = ("Perplexity by size of the weights", charts.frontier(results))
     return found
@@ -153,6 +201,29 @@ def _bits(entry: LayerBits) -> str:
     if entry.num_bits is not None:
         return str(entry.num_bits)
     return ", ".join(f"{module} {bits}" for module, bits in (entry.modules or {}).items())
+
+
+def _quantization_part(quantization: Quantization, image: str) -> Iterator[str]:
+    before, after = (human_bytes(int(quantization.totals[f"bytes_{when}"])) for when in ("before", "after"))
+    yield f"<h2>Error of every matrix</h2><p>{before} → {after}, "
+    yield f"{quantization.totals['bits_per_weight']:.2f} bits per weight. "
+    if quantization.calibrated:
+        yield "The share of the outputs' energy that is lost on the calibration data, as written and by rounding to "
+        yield "nearest. "
+    else:
+        yield "The distance of the written weights from the given ones, as a share of their norm. "
+    yield f"Solving took {sum(quantization.seconds_by_layer()):.0f} seconds.</p>{image}"
+    head = ["matrix", "bits", "to nearest", "as written", "of it", "seconds"]
+    lines = [_matrix(matrix) for matrix in quantization.matrices]
+    yield _folded("Errors as numbers", _table(head, lines))
+
+
+def _matrix(matrix: Matrix) -> list[str]:
+    nearest = "" if matrix.nearest is None else f"{matrix.nearest:.3e}"
+    share = f"{matrix.error / matrix.nearest:.0%}" if matrix.nearest else ""
+    seconds = f"{matrix.seconds:.2f}" if matrix.seconds else ""
+    name = f"{matrix.layer} {matrix.module}"
+    return [name, str(matrix.num_bits), nearest, f"{matrix.error:.3e}", share, seconds]
 
 
 def _results_part(results: Results, image: str) -> Iterator[str]:
