@@ -55,12 +55,13 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         help="round the columns of the largest inputs first (default: as the method has it)",
     )
     group.add_argument("--damp", type=float, metavar="F", help="share of the Hessian's mean diagonal (default 0.01)")
+    group.add_argument("--tune-steps", type=int, metavar="N", help="steps of end-to-end tuning (auto: 64, others: 0)")
     group.add_argument("--resume", metavar="DIR", help="keep all state there; a killed run goes on where it was")
     group.add_argument("--max-memory", metavar="SIZE", help="hidden states in memory before files (default 1GiB)")
 
 
 def _options(args: argparse.Namespace) -> SolverOptions:
-    names = ("num_samples", "seq_len", "seed", "act_order", "damp")
+    names = ("num_samples", "seq_len", "seed", "act_order", "damp", "tune_steps")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.method == RTN and (given or args.resume is not None):
         raise InputError(
