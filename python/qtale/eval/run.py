@@ -20,7 +20,7 @@ from qtale.eval.options import EvalOptions
 from qtale.eval.perplexity import WINDOW, perplexity, wikitext2
 from qtale.eval.sources import Source, choose
 from qtale.eval.tasks import opened_tasks, task_names
-from qtale.ptq.options import RTN, SolverOptions
+from qtale.ptq.options import AUTO, RTN, SolverOptions
 
 if TYPE_CHECKING:
     from qtale.integrations.engine_lm import EngineLM
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qtale")
 
 SCHEMA = 1
+# Half of what `qtale quantize` takes by default: a first look should not wait longer.
+_NUM_SAMPLES, _TUNE_STEPS = 64, 32
 _LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
 
@@ -118,7 +120,9 @@ class _Run:
             return self.folder, options.spec
         from qtale.integrations.quantized_cache import quantized_folder
 
-        return quantized_folder(self.folder, options.spec, SolverOptions(options.method)), None
+        tune_steps = _TUNE_STEPS if options.method == AUTO else None
+        settings = SolverOptions(options.method, num_samples=_NUM_SAMPLES, tune_steps=tune_steps)
+        return quantized_folder(self.folder, options.spec, settings), None
 
     def _dense_folder(self, quantized: bool) -> Path | None:
         from qtale.integrations.scoring_model import is_quantized, model_folder
