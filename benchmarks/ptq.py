@@ -46,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "auto": {"method": "auto"},
 }
 DENSE = "dense"
+# A folder of their own: transformers takes kernels.py beside a script for the package of that name.
+STEPS = Path(__file__).parent / "quantizers"
 WINDOW = 2048
 
 
@@ -126,7 +128,7 @@ class Runs:
         return key
 
     def _quantize(self, case: Case, out: Path) -> dict[str, Any]:
-        script, python = "ptq_step.py", Path(sys.executable)
+        script, python = "run_qtale.py", Path(sys.executable)
         if case.peer:
             script, python = PEERS[case.peer].script, PEERS[case.peer].python(self.work)
         asked = {"model": str(self.model), "out": str(out), "spec": _plain(FORMS[case.form])}
@@ -137,7 +139,7 @@ class Runs:
         log = self.work / "logs" / f"{case.form} {case.name} {case.seed}.log".replace(" ", "-")
         log.parent.mkdir(exist_ok=True)
         environment = _environment(bool(case.peer), self.options.threads)
-        command = [str(python), str(Path(__file__).parent / script), json.dumps(asked)]
+        command = [str(python), str(STEPS / script), json.dumps(asked)]
         with log.open("wb") as said:
             done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, env=environment, check=False)
         if done.returncode:

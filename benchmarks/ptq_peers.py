@@ -63,8 +63,8 @@ _GPTQMODEL_NEEDS = (
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("llm-compressor", "llmcompressor", "0.14.0.1", "peer_llm_compressor.py", ("gptq", "awq")),
-        Peer("gptqmodel", "gptqmodel", "7.7.0", "peer_gptqmodel.py", ("gptq",), _GPTQMODEL_NEEDS),
+        Peer("llm-compressor", "llmcompressor", "0.14.0.1", "run_llm_compressor.py", ("gptq", "awq")),
+        Peer("gptqmodel", "gptqmodel", "7.7.0", "run_gptqmodel.py", ("gptq",), _GPTQMODEL_NEEDS),
     )
 }
 

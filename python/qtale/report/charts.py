@@ -163,6 +163,7 @@ def _draw_errors(axes: Any, module: str, matrices: Sequence[Matrix]) -> None:
     axes.set_title(module, loc="left", fontsize=10)
     # An error of 0, as where a layer gives nothing, has no place on a logarithmic axis.
     axes.set_yscale("log", nonpositive="mask")
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.25, axis="y")
     if nearest:
         axes.legend(fontsize=8, frameon=False)

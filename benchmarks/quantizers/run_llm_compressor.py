@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import ptq_measured
+import measured
 
 
 def prepare(asked: dict[str, Any]) -> Callable[[], object]:
@@ -43,4 +43,4 @@ def prepare(asked: dict[str, Any]) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    sys.exit(ptq_measured.main(prepare))
+    sys.exit(measured.main(prepare))
