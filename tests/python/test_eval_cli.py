@@ -72,8 +72,7 @@ def test_a_calibrated_method_scores_the_folder_that_it_keeps(
     from qtale.integrations.quantized_cache import quantized_folder
 
     text = ["one two three four five six seven\n\n" * 400]
-    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *_: tmp_path)
     monkeypatch.setattr(calibration, "_bundled", lambda: text)
     options = qtale.SolverOptions("gptq", num_samples=4, seq_len=16)
     first = quantized_folder(model, QuantSpec(3, 32), options, progress=False)
@@ -81,7 +80,8 @@ def test_a_calibrated_method_scores_the_folder_that_it_keeps(
     assert quantized_folder(model, QuantSpec(3, 32), options, progress=False) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
     assert quantized_folder(model, QuantSpec(4, 32), options, progress=False) != first
-    assert not list(first.parent.glob(".*.state"))
+    assert first.parent == tmp_path
+    assert not list(tmp_path.glob(".*.state"))
     outcome = evaluate(EvalOptions(("arc_easy",), str(first), data=str(documents)))
     assert outcome.results["qtale"]["bits_per_weight_quantized"] > 3
     with pytest.raises(InputError, match="--method gptq: says how to quantize"):

@@ -64,7 +64,7 @@ def test_settings(settings: dict[str, Any], sentence: str) -> None:
         ([[1.0, 2.0]], "sequence 0 must be a row of whole token numbers"),
         (np.zeros((2, 3, 4), int), "sequence 0 must be a row"),
         ([[0, -1]], "token numbers reach from -1 to 0"),
-        ([[0, VOCAB]], f"but the model has {VOCAB} tokens"),
+        ([[0, VOCAB]], f"but the model has {VOCAB};"),
     ],
 )
 def test_tokens(model: Path, tokens: Any, sentence: str) -> None:

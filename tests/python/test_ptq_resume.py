@@ -128,7 +128,7 @@ def test_damaged_state_is_found(model: Path, tmp_path: Path, monkeypatch: pytest
     for path, content in kept.items():
         if path.suffix not in (".f32", ".safetensors"):
             continue
-        if path.name == "quantized-1.f32":
+        if path.name.endswith("-1.f32"):
             continue  # went into a finished layer
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(CheckpointError, match="damaged"):
