@@ -82,8 +82,13 @@ def test_a_calibrated_method_scores_the_folder_that_it_keeps(
     assert quantized_folder(model, QuantSpec(4, 32), options, progress=False) != first
     assert first.parent == tmp_path
     assert not list(tmp_path.glob(".*.state"))
-    outcome = evaluate(EvalOptions(("arc_easy",), str(first), data=str(documents)))
-    assert outcome.results["qtale"]["bits_per_weight_quantized"] > 3
+    settings = {"spec": QuantSpec(3, 32), "method": "gptq", "baseline": "", "data": str(documents)}
+    monkeypatch.setattr("qtale.eval.run._NUM_SAMPLES", 2)
+    outcome = evaluate(EvalOptions(("arc_easy",), str(model), **settings))
+    assert 3 < outcome.results["qtale"]["bits_per_weight_quantized"] < 16
+    assert outcome.results["qtale"]["baseline"]["bits_per_weight_quantized"] is None
+    named = outcome.results["config"]["model_args"]
+    assert (named["pretrained"], named["method"], named["num_bits"]) == (str(model), "gptq", 3)
     with pytest.raises(InputError, match="--method gptq: says how to quantize"):
         _options("--model", str(model), "--method", "gptq")
     assert _options("--dense").spec is None

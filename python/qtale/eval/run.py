@@ -198,6 +198,9 @@ class _Run:
     def _model_args(self, folder: Path, spec: Any) -> dict[str, Any]:
         name = self.options.model if folder == self.folder else str(folder)
         quantization = {} if spec is None else asdict(spec)
+        if spec is None and self.options.spec is not None and folder not in (self.folder, self.dense_folder):
+            # The folder that was made of the model for this is named by how it was made.
+            name, quantization = self.options.model, {**asdict(self.options.spec), "method": self.options.method}
         compute = {"compute": self.options.compute} if self._computes_quantized(folder, spec) else {}
         return {"pretrained": name, **quantization, **compute, "dtype": self.options.dtype}
 
