@@ -105,7 +105,8 @@ def _candidates(
     yield codes, scale, zero_point
     if not recipe.rounds:
         return
-    damped = hessian + recipe.damp * hessian.diagonal().mean() * _eye(len(hessian))
+    damped = hessian.clone()
+    damped.diagonal().add_(recipe.damp * hessian.diagonal().mean())
     for _ in range(recipe.rounds):
         scale, _ = solve.refit_scales(target, damped, spec.num_bits, codes, scale, zero_point)
         codes, changes = solve.refine_codes(
@@ -114,12 +115,6 @@ def _candidates(
         yield codes, scale, zero_point
         if not changes:
             return
-
-
-def _eye(size: int) -> torch.Tensor:
-    import torch
-
-    return torch.eye(size)
 
 
 def _scales(
@@ -173,20 +168,22 @@ def inverse_factor(name: str, hessian: torch.Tensor, order: torch.Tensor | None,
     """
     import torch
 
-    matrix = hessian.double()
-    diagonal = matrix.diagonal()
+    diagonal = hessian.diagonal().double()
     mean = float(diagonal.mean())
-    diagonal[diagonal == 0] = mean
-    if order is not None:
-        index = order.long()
-        matrix = matrix[index][:, index]
+    diagonal = torch.where(diagonal == 0, mean, diagonal)
+    # Backwards, for the factor; large matrices are gone as soon as they are used, for each takes in² doubles.
+    index = torch.arange(len(hessian)) if order is None else order.long()
+    index = index.flip(0)
     while damp <= _MOST_DAMP:
-        damped = matrix.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        matrix = hessian[index][:, index].double()
+        matrix.diagonal().copy_(diagonal[index] + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        del matrix
         if not int(failed):
-            eye = torch.eye(len(matrix), dtype=torch.float64)
-            inverse: torch.Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            upper = lower.flip(0, 1)
+            del lower
+            inverse = torch.eye(len(hessian), dtype=torch.float64)
+            torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
             return inverse.float().contiguous()
         damp *= 10
         _logger.warning("%s: its Hessian is singular; damped by %g of its mean diagonal", name, damp)

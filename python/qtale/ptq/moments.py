@@ -31,8 +31,10 @@ class Moments:
 
     def hessian(self) -> torch.Tensor:
         """The mean of x^T x, float32 [in, in], symmetric."""
-        upper = self._upper.triu(1)
-        return ((upper + upper.T + self._upper.diagonal().diag()) / max(self.total, 1e-30)).float()
+        # Below the diagonal nothing was summed.
+        full = self._upper + self._upper.T
+        full.diagonal().mul_(0.5)
+        return full.div_(max(self.total, 1e-30)).float()
 
     def magnitude(self) -> torch.Tensor:
         """The mean of |x|, float32 [in]."""
