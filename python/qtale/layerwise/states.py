@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class States(Protocol):
-    """Named arrays float32 [count, length, hidden], written once from the first sequence to the last."""
+    """Named arrays float32 [count, length, width], written once from the first sequence to the last."""
 
     def writing(self, name: str) -> AbstractContextManager[Write]:
-        """A context in which sequences [n, length, hidden] are appended; the array exists when it is left."""
+        """A context in which sequences [n, length, width] are appended; the array exists when it is left."""
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Sequences ``start`` to ``stop`` of an array, [stop - start, length, hidden]."""
+        """Sequences ``start`` to ``stop`` of an array, [stop - start, length, width]."""
 
     def drop(self, name: str) -> None:
         """Forget an array, whether it exists or not."""
@@ -66,10 +66,14 @@ class MemoryStates:
 
 
 class FileStates:
-    """Arrays as raw files of a folder; each appears whole or not at all."""
+    """Arrays as raw files of a folder; each appears whole or not at all.
 
-    def __init__(self, folder: Path, row_shape: tuple[int, int]) -> None:
-        self._folder, self._row_shape = folder, row_shape
+    ``row_shape`` (length, hidden) is that of arrays which another run wrote; ``durable`` ones outlive a crash.
+    """
+
+    def __init__(self, folder: Path, row_shape: tuple[int, int], durable: bool = True) -> None:
+        self._folder, self._row_shape, self._durable = folder, row_shape, durable
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.f32"
@@ -79,9 +83,15 @@ class FileStates:
         partial = self._folder / f".{name}.partial"
         try:
             with partial.open("wb") as file:
-                yield lambda hidden: hidden.contiguous().numpy().tofile(file)
+
+                def append(states: torch.Tensor) -> None:
+                    self._shapes[name] = tuple(states.shape[1:])
+                    states.contiguous().numpy().tofile(file)
+
+                yield append
                 file.flush()
-                os.fsync(file.fileno())
+                if self._durable:
+                    os.fsync(file.fileno())
             partial.replace(self._path(name))
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -93,12 +103,12 @@ class FileStates:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        length, hidden = self._row_shape
+        length, width = self._shapes.get(name, self._row_shape)
         # Memory of torch is aligned for its kernels, so that products are the same bits as with states in memory.
-        values = torch.empty(stop - start, length, hidden)
+        values = torch.empty(stop - start, length, width)
         try:
             with self._path(name).open("rb") as file:
-                file.seek(start * length * hidden * 4)
+                file.seek(start * length * width * 4)
                 count = file.readinto(values.numpy().data.cast("B"))
         except OSError as error:
             raise CheckpointError(f"{self._path(name)}: cannot be read: {error.strerror or error}.") from error
@@ -128,7 +138,7 @@ def open_states(
     else:
         folder = _temporary(nbytes)
         try:
-            yield FileStates(folder, row_shape)
+            yield FileStates(folder, row_shape, durable=False)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

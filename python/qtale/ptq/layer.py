@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qtale.format.tensors import packed_tensors
@@ -18,7 +17,7 @@ from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import Recipe, recipe_of
 from qtale.ptq.silence import begins_behind, part_around, silenced
 from qtale.ptq.stages import Stage, find_stages, rows_entering
-from qtale.ptq.streams import BEHIND, DENSE, QUANTIZED, Streams
+from qtale.ptq.streams import BEHIND, DENSE, ENTERING, QUANTIZED, Streams
 from qtale.ptq.weights import LayerWeights
 from qtale.ptq.worklist import LayerRow
 
@@ -55,6 +54,7 @@ class LayerSolver:
         self.weights = LayerWeights(parameters)
         sample = self.streams.read(QUANTIZED, self.index, 0, 1)
         self._source = QUANTIZED
+        self._kept: Stage | None = None
         self.stages = find_stages(self.parts, linears, self.layer, sample)
 
     def run(self, done: Callable[[int], object]) -> None:
@@ -63,33 +63,52 @@ class LayerSolver:
             self.tensors |= scale_inputs(self)
         with ExitStack() as stack:
             for stage in self.stages:
+                part = self._finished_by(stage)
+                if part is not None:
+                    self._keep(stage)
                 if self._solved(stage):
                     self._solve(stage)
-                if stage is not self.stages[-1]:
-                    self._go_behind(stage, stack)
+                if part is not None:
+                    self._go_behind(stage)
+                    stack.enter_context(silenced(part))
             self.streams.advance(QUANTIZED, self.index, self.layer, done, self._source)
             self._source = QUANTIZED
         if DENSE in self.streams.kinds:
             with self.weights.using(DENSE):
                 self.streams.advance(DENSE, self.index, self.layer, lambda _: None)
 
-    def _go_behind(self, stage: Stage, stack: ExitStack) -> None:
-        """Keep the residual stream behind a finished stage, so that later ones need not run what comes before it."""
+    def _finished_by(self, stage: Stage) -> nn.Module | None:
+        """The part that ends with ``stage`` where all that is left of the layer can begin with the stream behind it."""
         around = part_around(self.parts, stage.modules[0])
-        if stage.residual is None or around is None or self._source != QUANTIZED:
-            return
+        if stage is self.stages[-1] or stage.residual is None or around is None or self._source != QUANTIZED:
+            return None
         part, sample = self.parts[around], self.streams.read(QUANTIZED, self.index, 0, 1)
-        if not begins_behind(part, self.layer, sample, self._behind(stage, 0, 1)):
-            return
-        self.streams.insert(self.index, partial(self._behind, stage))
-        self._source = BEHIND
-        stack.enter_context(silenced(part))
+        rows, _ = rows_entering(self.parts, stage, self.layer, sample)
+        behind = sample + self.parts[stage.modules[0]](rows).reshape(sample.shape)
+        return part if begins_behind(part, self.layer, sample, behind) else None
 
-    def _behind(self, stage: Stage, start: int, stop: int) -> torch.Tensor:
-        rows, stream = self._rows(QUANTIZED, stage, start, stop)
-        assert stream is not None, "only stages that are added to the stream are gone behind"
-        behind: torch.Tensor = stream + self.parts[stage.modules[0]](rows)
-        return behind.reshape(stop - start, -1, behind.shape[-1])
+    def _keep(self, stage: Stage) -> None:
+        """Keep what enters a stage that ends a part, so that the part runs but once."""
+
+        def entering(start: int, stop: int) -> torch.Tensor:
+            rows, _ = self._rows(QUANTIZED, stage, start, stop)
+            return rows.reshape(stop - start, -1, rows.shape[-1])
+
+        self.streams.fill(ENTERING, self.index, entering)
+        self._kept = stage
+
+    def _go_behind(self, stage: Stage) -> None:
+        """Keep the residual stream behind a finished part, so that later stages need not run what comes before it."""
+
+        def behind(start: int, stop: int) -> torch.Tensor:
+            before = self.streams.read(QUANTIZED, self.index, start, stop)
+            rows = self.streams.read(ENTERING, self.index, start, stop)
+            after: torch.Tensor = before + self.parts[stage.modules[0]](rows)
+            return after
+
+        self.streams.fill(BEHIND, self.index, behind)
+        self.streams.forget(ENTERING, self.index)
+        self._source, self._kept = BEHIND, None
 
     def _solved(self, stage: Stage) -> list[str]:
         return [name for name in stage.modules if name in self.rows]
@@ -129,6 +148,9 @@ class LayerSolver:
 
     def _rows(self, kind: str, stage: Stage, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden = self.streams.read(self._source if kind == QUANTIZED else kind, self.index, start, stop)
+        if kind == QUANTIZED and stage is self._kept:
+            rows = self.streams.read(ENTERING, self.index, start, stop)
+            return rows.flatten(0, 1), hidden.flatten(0, 1)
         with self.weights.using(kind):
             return rows_entering(self.parts, stage, self.layer, hidden)
 

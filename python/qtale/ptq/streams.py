@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from qtale.layerwise.model import Layer, LayeredModel
     from qtale.layerwise.states import States
 
-# What the layers quantized so far give, what the dense model gives, and the first inside a layer, behind its attention.
-QUANTIZED, DENSE, BEHIND = "quantized", "dense", "behind"
+# What the layers quantized so far give, and what the dense model gives.
+QUANTIZED, DENSE = "quantized", "dense"
+# Inside a layer quantized so far: what enters the last matrix of its attention, and the stream behind the attention.
+ENTERING, BEHIND = "entering", "behind"
 # Tokens that go through a layer together: enough for fast products, little enough to stay in the caches.
 BATCH_TOKENS = 2048
 
@@ -60,11 +62,15 @@ class Streams:
                 write(self._checked(layer(self.read(source or kind, index, start, stop)), f"layer {index}"))
                 done(stop - start)
 
-    def insert(self, index: int, behind: Callable[[int, int], torch.Tensor]) -> None:
-        """Write the states BEHIND a part of a layer: ``behind`` gives those of the sequences from start to stop."""
-        with self.states.writing(self._name(BEHIND, index)) as write:
+    def fill(self, kind: str, index: int, piece: Callable[[int, int], torch.Tensor]) -> None:
+        """Write states inside a layer: ``piece`` gives those of the sequences from start to stop."""
+        with self.states.writing(self._name(kind, index)) as write:
             for start, stop in self.ranges():
-                write(behind(start, stop))
+                write(piece(start, stop))
+
+    def forget(self, kind: str, index: int) -> None:
+        """Drop states inside a layer."""
+        self.states.drop(self._name(kind, index))
 
     def seals(self, index: int) -> dict[str, str]:
         """Checksums of the states before a layer."""
@@ -77,8 +83,8 @@ class Streams:
 
     def drop(self, index: int) -> None:
         """Forget the states before a layer."""
-        for kind in (*self.kinds, BEHIND):
-            self.states.drop(self._name(kind, index))
+        for kind in (*self.kinds, ENTERING, BEHIND):
+            self.forget(kind, index)
 
     @staticmethod
     def _name(kind: str, index: int) -> str:
