@@ -9,6 +9,7 @@ import sys
 
 from qtale.errors import InputError
 from qtale.ptq.options import METHODS, RTN, SolverOptions
+from qtale.ptq.products import COMPUTE_DTYPES
 
 NAME = "quantize"
 HELP = "write a quantized copy of a model as an ordinary HuggingFace folder"
@@ -56,12 +57,17 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--damp", type=float, metavar="F", help="share of the Hessian's mean diagonal (default 0.01)")
     group.add_argument("--tune-steps", type=int, metavar="N", help="steps of end-to-end tuning (auto: 64, others: 0)")
+    group.add_argument(
+        "--compute-dtype",
+        choices=COMPUTE_DTYPES,
+        help="of the layers' products over calibration tokens (default auto: bfloat16 where the CPU multiplies it)",
+    )
     group.add_argument("--resume", metavar="DIR", help="keep all state there; a killed run goes on where it was")
     group.add_argument("--max-memory", metavar="SIZE", help="hidden states in memory before files (default 1GiB)")
 
 
 def _options(args: argparse.Namespace) -> SolverOptions:
-    names = ("num_samples", "seq_len", "seed", "act_order", "damp", "tune_steps")
+    names = ("num_samples", "seq_len", "seed", "act_order", "damp", "tune_steps", "compute_dtype")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.method == RTN and (given or args.resume is not None):
         raise InputError(

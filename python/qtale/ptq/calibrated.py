@@ -101,7 +101,7 @@ def _tuned(
     if name in journal.entries:
         layers.check(name, journal.entries[name]["file"])
         return [name]
-    settings = TuneOptions(options.tuning, options.seed)
+    settings = TuneOptions(options.tuning, options.seed, compute_dtype=options.compute_dtype)
     needed, free = needed_bytes(folder, tokens.shape[1], settings), available()
     if free is not None and needed > free:
         _logger.warning(

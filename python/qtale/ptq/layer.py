@@ -14,6 +14,7 @@ from qtale.ptq.awq import scale_inputs
 from qtale.ptq.matrix import restored, solve_matrix
 from qtale.ptq.moments import Moments
 from qtale.ptq.options import SolverOptions
+from qtale.ptq.products import products
 from qtale.ptq.recipe import Recipe, recipe_of
 from qtale.ptq.silence import begins_behind, part_around, silenced
 from qtale.ptq.stages import Stage, find_stages, rows_entering
@@ -33,7 +34,7 @@ _LEAST_ENERGY = 1e-3
 
 @dataclass
 class LayerSolver:
-    """Solves layer ``index``, whose function is ``layer``, and holds what will be stored of it in ``tensors``.
+    """Solves layer ``index``, whose function is ``exact``, and holds what will be stored of it in ``tensors``.
 
     ``rows`` are the matrices to be quantized by module name; ``found`` gets the errors and seconds of each.
     """
@@ -41,7 +42,7 @@ class LayerSolver:
     model: LayeredModel
     streams: Streams
     index: int
-    layer: Layer
+    exact: Layer
     rows: Mapping[str, LayerRow]
     options: SolverOptions
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class LayerSolver:
         sample = self.streams.read(QUANTIZED, self.index, 0, 1)
         self._source = QUANTIZED
         self._kept: Stage | None = None
-        self.stages = find_stages(self.parts, linears, self.layer, sample)
+        self.stages = find_stages(self.parts, linears, self.exact, sample)
 
     def run(self, done: Callable[[int], object]) -> None:
         """Solve every stage and write the streams before the next layer; ``done`` is told sequences as they finish."""
@@ -77,15 +78,20 @@ class LayerSolver:
             with self.weights.using(DENSE):
                 self.streams.advance(DENSE, self.index, self.layer, lambda _: None)
 
+    def layer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer as it runs over the calibration tokens."""
+        with products(self.options.compute_dtype):
+            return self.exact(hidden)
+
     def _finished_by(self, stage: Stage) -> nn.Module | None:
         """The part that ends with ``stage`` where all that is left of the layer can begin with the stream behind it."""
         around = part_around(self.parts, stage.modules[0])
         if stage is self.stages[-1] or stage.residual is None or around is None or self._source != QUANTIZED:
             return None
         part, sample = self.parts[around], self.streams.read(QUANTIZED, self.index, 0, 1)
-        rows, _ = rows_entering(self.parts, stage, self.layer, sample)
+        rows, _ = rows_entering(self.parts, stage, self.exact, sample)
         behind = sample + self.parts[stage.modules[0]](rows).reshape(sample.shape)
-        return part if begins_behind(part, self.layer, sample, behind) else None
+        return part if begins_behind(part, self.exact, sample, behind) else None
 
     def _keep(self, stage: Stage) -> None:
         """Keep what enters a stage that ends a part, so that the part runs but once."""
@@ -103,7 +109,8 @@ class LayerSolver:
         def behind(start: int, stop: int) -> torch.Tensor:
             before = self.streams.read(QUANTIZED, self.index, start, stop)
             rows = self.streams.read(ENTERING, self.index, start, stop)
-            after: torch.Tensor = before + self.parts[stage.modules[0]](rows)
+            with products(self.options.compute_dtype):
+                after: torch.Tensor = before + self.parts[stage.modules[0]](rows)
             return after
 
         self.streams.fill(BEHIND, self.index, behind)
@@ -152,9 +159,11 @@ class LayerSolver:
             rows = self.streams.read(ENTERING, self.index, start, stop)
             return rows.flatten(0, 1), hidden.flatten(0, 1)
         with self.weights.using(kind):
-            return rows_entering(self.parts, stage, self.layer, hidden)
+            rows, stream = rows_entering(self.parts, stage, self.layer, hidden)
+        return rows.float(), stream
 
     def _even(self, stage: Stage, rows: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         """The inverse energy of every token in the residual stream behind a stage: what norms divide by."""
-        after = stream + rows @ self.weights.dense(stage.modules[0]).T
+        with products(self.options.compute_dtype):
+            after = stream + rows @ self.weights.dense(stage.modules[0]).T
         return 1 / (after.square().mean(1) + _LEAST_ENERGY)

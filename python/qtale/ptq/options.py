@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtale.errors import InputError
+from qtale.ptq import products
 
 RTN, AUTO = "rtn", "auto"
 METHODS = (RTN, "gptq", "awq", "magr+gptq", "magr+rtn", AUTO)
@@ -26,6 +27,8 @@ class SolverOptions:
     * ``magr_alpha`` (None: 1e-3 per channel, 1e-4 in groups), ``magr_iterations``: MagR's penalty and number of steps.
     * ``tune_steps``: steps of end-to-end tuning after the layers (:mod:`qtale.ptq.tune`), None: 64 for "auto", else 0.
     * ``awq_steps``: points of AWQ's grid of exponents between 0 and 1.
+    * ``compute_dtype``: what enters the products of the layers as they run over the calibration tokens is rounded to,
+      "float32", "bfloat16" or "auto": bfloat16 where the processor has instructions for it. Solvers keep float32.
     """
 
     method: str = RTN
@@ -38,6 +41,7 @@ class SolverOptions:
     magr_iterations: int = 150
     awq_steps: int = 20
     tune_steps: int | None = None
+    compute_dtype: str = products.AUTO
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -46,6 +50,11 @@ class SolverOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"quantize: {name} {value!r} must be a whole number of at least {least}.")
+        if self.compute_dtype not in products.COMPUTE_DTYPES:
+            raise InputError(
+                f"quantize: compute_dtype {self.compute_dtype!r} is not known; use one of "
+                f"{', '.join(products.COMPUTE_DTYPES)}."
+            )
         if self.tune_steps is not None and (type(self.tune_steps) is not int or self.tune_steps < 0):
             raise InputError(f"quantize: tune_steps {self.tune_steps!r} must be a whole number, or None.")
         if not 0 < self.damp <= 1:
@@ -66,5 +75,5 @@ class SolverOptions:
         return self.method != RTN
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of all settings."""
-        return dataclasses.asdict(self)
+        """A JSON object of all settings, with what the automatic ones stand for here."""
+        return {**dataclasses.asdict(self), "compute_dtype": products.resolved(self.compute_dtype)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from qtale.checkpoint.folder import ModelFolder
 from qtale.format.tensors import PACKED, SCALE, ZERO_POINT
 from qtale.layerwise.model import FLOATS
 from qtale.layerwise.tokens import Tokens
+from qtale.ptq.products import AUTO, products
 from qtale.ptq.worklist import LayerRow
 
 if TYPE_CHECKING:
@@ -37,12 +37,14 @@ class TuneOptions:
     """``steps`` of Adam on ``sequences`` each, in an order drawn with ``seed``.
 
     The learning rate, of relative changes, rises over 8 steps to ``rate`` and falls as a cosine to a twentieth of it.
+    ``compute_dtype`` is that of :class:`qtale.ptq.options.SolverOptions`.
     """
 
     steps: int
     seed: int
     sequences: int = 2
     rate: float = 2e-3
+    compute_dtype: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def tune(
     """Tune the scales of ``rows`` and all norms on ``tokens`` [sequences, length]; ``done`` is told each step's loss.
 
     ``solved`` holds the packed tensors of the rows and norms that were changed already. The whole model is in memory,
-    see :func:`needed_bytes`. Products are bfloat16 where the CPU has them, float32 elsewhere.
+    see :func:`needed_bytes`.
     """
     import torch
 
@@ -87,7 +89,7 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = options.rate * _schedule(step, options.steps)
         optimizer.zero_grad()
-        losses.append(_step(dense, student, torch.from_numpy(tokens[sequences])))
+        losses.append(_step(dense, student, torch.from_numpy(tokens[sequences]), options.compute_dtype))
         torch.nn.utils.clip_grad_norm_(changes.values(), 1.0)
         optimizer.step()
         done(losses[-1])
@@ -111,21 +113,11 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / _WARMUP) * (_LAST + (1 - _LAST) * cosine)
 
 
-def _autocast() -> AbstractContextManager[Any]:
-    import torch
-
-    from qtale import _core
-
-    if "avx512_bf16" in _core.cpu_isas():
-        return torch.autocast("cpu", torch.bfloat16)
-    return nullcontext()
-
-
-def _step(dense: nn.Module, student: nn.Module, ids: torch.Tensor) -> float:
+def _step(dense: nn.Module, student: nn.Module, ids: torch.Tensor, compute_dtype: str) -> float:
     """The mean divergence over the tokens; gradients are added to the student's changes."""
     import torch
 
-    with _autocast():
+    with products(compute_dtype):
         with torch.no_grad():
             wanted = _hidden(dense, ids)
         given = _hidden(student, ids)
