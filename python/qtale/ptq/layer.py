@@ -146,7 +146,7 @@ class LayerSolver:
     def moments(self, stage: Stage, recipe: Recipe, kind: str = QUANTIZED) -> Moments:
         """Sums over all calibration tokens of what enters a stage, in the model quantized so far or the dense one."""
         size = self.weights.dense(stage.modules[0]).shape[1]
-        moments = Moments(size)
+        moments = Moments(size, magnitudes=kind == DENSE)
         for start, stop in self.streams.ranges():
             rows, stream = self._rows(kind, stage, start, stop)
             weight = self._even(stage, rows, stream) if recipe.even and stream is not None else None

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 class Moments:
     """Weighted sums over tokens of the rows x [tokens, in] that enter a stage whose input is ``size`` wide.
 
-    x^T x is kept in float64, and the sum of |x|.
+    x^T x is kept in float64, and with ``magnitudes`` the sum of |x|.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, magnitudes: bool = False) -> None:
         import torch
 
         self._upper = torch.zeros(size, size, dtype=torch.float64)
-        self._magnitude = torch.zeros(size, dtype=torch.float64)
+        self._magnitude = torch.zeros(size, dtype=torch.float64) if magnitudes else None
         self.total = 0.0
 
     def add(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> None:
@@ -26,16 +26,19 @@ class Moments:
         from qtale import solve
 
         solve.accumulate_gram(rows, self._upper, weight)
-        self._magnitude += (rows.abs() if weight is None else rows.abs() * weight[:, None]).sum(0)
+        if self._magnitude is not None:
+            self._magnitude += (rows.abs() if weight is None else rows.abs() * weight[:, None]).sum(0)
         self.total += len(rows) if weight is None else float(weight.sum())
 
     def hessian(self) -> torch.Tensor:
         """The mean of x^T x, float32 [in, in], symmetric."""
+        upper = self._upper.div(max(self.total, 1e-30)).float()
         # Below the diagonal nothing was summed.
-        full = self._upper + self._upper.T
+        full = upper + upper.T
         full.diagonal().mul_(0.5)
-        return full.div_(max(self.total, 1e-30)).float()
+        return full
 
     def magnitude(self) -> torch.Tensor:
         """The mean of |x|, float32 [in]."""
+        assert self._magnitude is not None, "asked for when the sums began"
         return (self._magnitude / max(self.total, 1e-30)).float()
