@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 import engine_cases as cases
 from engine_cases import QUICK, Sizes
+from output import publish
 from peers import Choice, add_peer_arguments, choice_of, peers
 from qtale import _core, demo
 from qtale.bench import Row, Subject, batches, decode, machine, machine_lines, prefill, table
@@ -247,11 +247,7 @@ def main() -> int:
         print(f"benchmarks/engine.py: error: {error}", file=sys.stderr)
         return 1
     text = "\n".join([*machine_lines(result["machine"]), "", table(result["results"])])
-    print(text, file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    publish(result, text, args.json)
     return 0
 
 

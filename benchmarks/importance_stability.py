@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 import qtale
-from output import publish
-from qtale import Error, InputError, MeasureOptions
+from output import exit_with, publish
+from qtale import InputError, MeasureOptions
 from qtale.importance import Importance
 
 SIZES = (10, 20, 50, 100, 200, 500, 1000)
@@ -119,8 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Error as error:
-        print(f"importance_stability: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    exit_with(main)

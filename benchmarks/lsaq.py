@@ -22,8 +22,8 @@ import torch
 import qtale
 from lsaq_mixes import Cache, Methods, Mix, Model
 from lsaq_tables import memory_rows, render, row, strategy_rows
-from output import publish
-from qtale import Error, InputError, MeasureOptions, _core
+from output import exit_with, publish
+from qtale import InputError, MeasureOptions, _core
 from qtale.importance import METRICS, Importance
 from qtale.planner.source import Source, open_source
 
@@ -201,8 +201,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Error as error:
-        print(f"lsaq: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    exit_with(main)

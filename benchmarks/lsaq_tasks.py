@@ -19,8 +19,8 @@ import torch
 import qtale
 from lsaq_mixes import Cache, Methods, Mix, Model
 from lsaq_tables import markdown
-from output import publish
-from qtale import Error, InputError
+from output import exit_with, publish
+from qtale import InputError
 from qtale.eval.sources import choose
 from qtale.eval.tasks import opened_tasks, task_names
 from qtale.importance import Importance, MeasureOptions
@@ -138,8 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Error as error:
-        print(f"lsaq_tasks: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    exit_with(main)

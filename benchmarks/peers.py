@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import peer_builds
+from output import publish
 from peer_packages import PACKAGES
 from qtale import _core, demo
 from qtale.bench import LlamaBench, machine, machine_lines, write_shape
@@ -189,11 +189,7 @@ def main() -> int:
     except (Error, ValueError, OSError, subprocess.SubprocessError) as error:
         print(f"benchmarks/peers.py: error: {error}", file=sys.stderr)
         return 1
-    print(table(result), file=sys.stderr if args.json == "-" else sys.stdout)
-    if args.json == "-":
-        print(json.dumps(result, indent=1))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    publish(result, table(result), args.json)
     return 0
 
 

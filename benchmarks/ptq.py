@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import qtale
-from output import publish
+from output import exit_with, publish
 from ptq_peers import PEERS, dequantize_gptq, is_gptq
 from ptq_table import render
 from qtale import Error, InputError, QuantSpec
@@ -260,8 +260,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except Error as error:
-        print(f"ptq: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    exit_with(main)

@@ -46,6 +46,26 @@ def save_model(path: Path, kind: str = "llama", dtype: torch.dtype = torch.float
     return path
 
 
+def add_tokenizer(path: Path) -> Path:
+    """A tokenizer of one word a token beside a model: token 5 is "w5", whatever it does not know is token 0."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[UNK]": 0, **{f"w{number}": number for number in range(1, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
+    return path
+
+
+def write_words(path: Path, rows: int = 40, words: int = 6, seed: int = 5) -> Path:
+    """A text of that tokenizer's words, in paragraphs; its folder is made."""
+    numbers = np.random.default_rng(seed).integers(1, VOCAB, (rows, words))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers))
+    return path
+
+
 def load_model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 

@@ -1,16 +1,19 @@
-"""A small random Llama and importance files for it."""
+"""A small random Llama; importance files, plans and deployments of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import qtale
 from qtale.checkpoint import fingerprint
+from qtale.deployment import Deployment
 from qtale.importance.file import Importance
+from qtale.planner import LayerBits, Options, Plan, PlannedModel
 
 LAYERS = 4
 SIZES: dict[str, Any] = {
@@ -19,6 +22,8 @@ SIZES: dict[str, Any] = {
 }
 PARTS = (*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down")))
 MODULES = [f"model.layers.{layer}.{part}" for layer in range(LAYERS) for part in PARTS]
+# Widths of the parts of one layer; q, k, v and gate, up share theirs.
+MIXED = dict(zip(PARTS, (3, 3, 3, 16, 4, 4, 8), strict=True))
 
 
 def save_model(path: Path, tied: bool = False, dtype: torch.dtype = torch.float16, seed: int = 7) -> Path:
@@ -34,3 +39,24 @@ def save_importance(path: Path, model: Path, scores: Mapping[str, Sequence[float
     settings = {"group_size": "auto", **fields.pop("settings", {})}
     Importance(model=about, data={}, settings=settings, scores=scores, **fields).write(path)
     return path
+
+
+def make_plan(model: Path, *bits: int | dict[str, int], head: int = 16, group_size: int | str = 32) -> Plan:
+    """A plan of the width of every layer, or of its parts as :data:`MIXED`."""
+    layers = tuple(
+        LayerBits(layer, modules=width) if isinstance(width, dict) else LayerBits(layer, width)
+        for layer, width in enumerate(bits)
+    )
+    about = PlannedModel(fingerprint(model), "llama", LAYERS)
+    return Plan(about, "knapsack", "none", None, 0, group_size, True, layers, head)
+
+
+def deployer(backend: str, options: Options) -> Callable[..., Deployment]:
+    """`qtale.deploy` on one of the two ways to run; ``options`` are for calls without a plan."""
+
+    def deploy(model: Path, budget: int | str = "1GiB", **arguments: Any) -> Deployment:
+        if "plan" not in arguments:
+            arguments.setdefault("options", options)
+        return qtale.deploy(model, budget, backend=backend, progress=False, **arguments)
+
+    return deploy

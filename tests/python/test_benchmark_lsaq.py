@@ -7,21 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from importance_samples import VOCAB, save_model
+from importance_samples import add_tokenizer, save_model, write_words
 from qtale.report import Results
-from test_measure_cli import add_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "lsaq.py"
 
 
 def test_it_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     model = add_tokenizer(save_model(tmp_path / "model", tie_word_embeddings=True, intermediate_size=128))
-    text = tmp_path / "wikitext2" / "wiki.test.raw"
-    text.parent.mkdir()
-    lines = np.random.default_rng(1).integers(1, VOCAB, (80, 8))
-    text.write_text("\n\n".join(" ".join(f"w{number}" for number in line) for line in lines))
+    text = write_words(tmp_path / "wikitext2" / "wiki.test.raw", 80, 8, seed=1)
     given = {"--model": model, "--data": tmp_path, "--calibration": text, "--work": tmp_path / "work", "--json": "-"}
     command = [sys.executable, str(SCRIPT), "--quick", *(str(part) for pair in given.items() for part in pair)]
     stopped = subprocess.run([*command, "--time-limit", "0"], capture_output=True, text=True, timeout=300, check=True)

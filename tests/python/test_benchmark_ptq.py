@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from importance_samples import VOCAB, save_model
-from test_measure_cli import add_tokenizer
+from importance_samples import add_tokenizer, save_model, write_words
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -30,10 +29,7 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_it_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     model = add_tokenizer(save_model(tmp_path / "model", intermediate_size=128))
-    text = tmp_path / "wikitext2" / "wiki.test.raw"
-    text.parent.mkdir()
-    lines = np.random.default_rng(1).integers(1, VOCAB, (80, 8))
-    text.write_text("\n\n".join(" ".join(f"w{number}" for number in line) for line in lines))
+    text = write_words(tmp_path / "wikitext2" / "wiki.test.raw", 80, 8, seed=1)
     given = {"--model": model, "--data": tmp_path, "--calibration": text, "--work": tmp_path / "work", "--json": "-"}
     command = [sys.executable, str(FOLDER / "ptq.py"), "--quick", "--threads", "1", "--forms", "W3 g64"]
     command += ["--methods", "gptq,auto", *(str(part) for pair in given.items() for part in pair)]

@@ -12,16 +12,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qtale
-from plan_samples import LAYERS, MODULES, PARTS, SIZES, save_importance, save_model
-from qtale.checkpoint import fingerprint
+from plan_samples import MIXED, MODULES, SIZES, deployer, make_plan, save_importance, save_model
 from qtale.deployment import Deployment
 from qtale.deployment.heap import resident_bytes
 from qtale.nn import QLinear
-from qtale.planner import LayerBits, Options, Plan, PlannedModel
+from qtale.planner import Options, Plan
 
 INPUT_IDS = torch.arange(1, 17).reshape(1, 16)
-OPTIONS = Options(choices=(16, 8, 4, 3), group_size=32, context=32)
-MIXED = dict(zip(PARTS, (3, 3, 3, 16, 4, 4, 8), strict=True))
+deploy = deployer("torch", Options(choices=(16, 8, 4, 3), group_size=32, context=32))
 # All of the model at 16 bits takes 1.4 MiB with KV cache and workspace, at 3 bits 641 KiB.
 BUDGETS = ("2MiB", "1100KiB", "900KiB", "760KiB", "680KiB", "760KiB", "900KiB", "1100KiB")
 
@@ -42,21 +40,6 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path, max_shard_size="200KB")
     assert len(list(path.glob("*.safetensors"))) > 1
     return path
-
-
-def make_plan(model: Path, *bits: int | dict[str, int], head: int = 16) -> Plan:
-    layers = tuple(
-        LayerBits(layer, modules=width) if isinstance(width, dict) else LayerBits(layer, width)
-        for layer, width in enumerate(bits)
-    )
-    about = PlannedModel(fingerprint(model), "llama", LAYERS)
-    return Plan(about, "knapsack", "none", None, 0, 32, True, layers, head)
-
-
-def deploy(model: Path, budget: int | str = "1GiB", **arguments: Any) -> Deployment:
-    if "plan" not in arguments:
-        arguments.setdefault("options", OPTIONS)
-    return qtale.deploy(model, budget, backend="torch", progress=False, **arguments)
 
 
 def logits_of(model: Any) -> torch.Tensor:

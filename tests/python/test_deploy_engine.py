@@ -19,18 +19,17 @@ from safetensors.torch import load_file, save_file
 import qtale
 from engine_samples import make_model
 from engine_samples import save_model as save_member
-from plan_samples import LAYERS, MODULES, PARTS, SIZES, save_importance, save_model
-from qtale.checkpoint import fingerprint, open_folder
+from plan_samples import MIXED, MODULES, SIZES, deployer, make_plan, save_importance, save_model
+from qtale.checkpoint import open_folder
 from qtale.deployment import Deployment
 from qtale.engine.arena import PAGE
 from qtale.errors import Error, InputError
 from qtale.memory import needed, shape_of_folder
-from qtale.planner import LayerBits, Options, Plan, PlannedModel
+from qtale.planner import Options
 from tiny_models import run_python
 
 IDS = list(range(1, 17))
-OPTIONS = Options(choices=(16, 8, 4, 3, 2), group_size=32, context=32)
-MIXED = dict(zip(PARTS, (3, 3, 3, 16, 4, 4, 8), strict=True))
+deploy = deployer("engine", Options(choices=(16, 8, 4, 3, 2), group_size=32, context=32))
 BUDGETS = ("2MiB", "900KiB", "700KiB", "560KiB", "480KiB", "560KiB", "700KiB", "900KiB")
 
 
@@ -45,21 +44,6 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {**SIZES, "attention_bias": True, "tie_word_embeddings": True, "vocab_size": 257}
     model = make_model("llama", seed=3, **sizes)
     return save_member(model, tmp_path_factory.mktemp("models") / "biased", max_shard_size="200KB")
-
-
-def make_plan(model: Path, *bits: int | dict[str, int], head: int = 16) -> Plan:
-    layers = tuple(
-        LayerBits(layer, modules=width) if isinstance(width, dict) else LayerBits(layer, width)
-        for layer, width in enumerate(bits)
-    )
-    about = PlannedModel(fingerprint(model), "llama", LAYERS)
-    return Plan(about, "knapsack", "none", None, 0, 32, True, layers, head)
-
-
-def deploy(model: Path, budget: int | str = "1GiB", **arguments: Any) -> Deployment:
-    if "plan" not in arguments:
-        arguments.setdefault("options", OPTIONS)
-    return qtale.deploy(model, budget, backend="engine", progress=False, **arguments)
 
 
 def bytes_of(deployment: Deployment, ids: list[int] = IDS) -> bytes:

@@ -10,24 +10,13 @@ import numpy as np
 import pytest
 
 import qtale
-from importance_samples import LAYERS, VOCAB, save_model, some_tokens
+from importance_samples import LAYERS, add_tokenizer, save_model, some_tokens, write_words
 from qtale.checkpoint import fingerprint
 from qtale.cli.main import main
 from qtale.errors import CheckpointError, InputError, NetworkError
 from qtale.integrations import calibration
 
 SMALL = ["--num-sequences", "3", "--seq-len", "8", "--top-k", "5"]
-
-
-def add_tokenizer(path: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"[UNK]": 0, **{f"w{number}": number for number in range(1, VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    numbers = np.random.default_rng(5).integers(1, VOCAB, (40, 6))
-    path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "calibration.txt")
 
 
 def test_the_command_writes_what_the_function_returns(

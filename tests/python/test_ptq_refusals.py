@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 import qtale
-from importance_samples import VOCAB, save_model, some_tokens
+from importance_samples import VOCAB, add_tokenizer, save_model, some_tokens, write_words
 from qtale import QuantSpec, SolverOptions
 from qtale.cli.main import main
 from qtale.errors import InputError
-from test_measure_cli import add_tokenizer
 
 SMALL = ["--group-size", "32", "--num-samples", "3", "--seq-len", "8"]
 
@@ -26,10 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    numbers = np.random.default_rng(5).integers(1, VOCAB, (40, 6))
-    path.write_text("\n\n".join(" ".join(f"w{number}" for number in row) for row in numbers))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "calibration.txt")
 
 
 def test_the_command_writes_what_the_function_writes(

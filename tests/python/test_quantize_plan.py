@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +12,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import qtale
 from pack_quantized_oracle import read_packed
-from plan_samples import LAYERS, PARTS, save_model
+from plan_samples import MIXED, PARTS, make_plan, save_model
 from qtale import QuantSpec
-from qtale.checkpoint import fingerprint
 from qtale.cli.main import main
 from qtale.errors import InputError, UnsupportedError
-from qtale.planner import LayerBits, Options, Plan, PlannedModel
+from qtale.planner import Options, Plan
 from tiny_models import files_in
 
 INPUT_IDS = torch.arange(1, 17).reshape(1, 16)
-MIXED = dict(zip(PARTS, (3, 3, 3, 16, 4, 4, 8), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +27,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "dense", dtype=torch.float32)
 
 
-def make_plan(model: Path, group_size: int | str = 32, head: int = 16) -> Plan:
-    about = PlannedModel(fingerprint(model), "llama", LAYERS)
-    layers = (LayerBits(0, 8), LayerBits(1, modules=MIXED), LayerBits(2, 16), LayerBits(3, 2))
-    return Plan(about, "knapsack", "none", None, 0, group_size, True, layers, head)
+def mixed_plan(model: Path, **options: Any) -> Plan:
+    return make_plan(model, 8, MIXED, 16, 2, **options)
 
 
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
@@ -45,7 +42,7 @@ def test_a_mixed_folder_opens_in_plain_transformers(
     dense: Path, tmp_path: Path, group_size: int | str, head: int
 ) -> None:
     pytest.importorskip("compressed_tensors", reason="transformers needs it to open packed folders")
-    plan = make_plan(dense, group_size, head)
+    plan = mixed_plan(dense, group_size=group_size, head=head)
     report = qtale.quantize(dense, tmp_path / "out", plan=plan, progress=False)
     packed = read_packed(tmp_path / "out")
     assert {row.name: row.num_bits for row in report.layers} == {
@@ -78,11 +75,11 @@ def test_a_paper_plan_is_written_per_channel(dense: Path, tmp_path: Path) -> Non
 def test_plans_that_do_not_fit_are_refused_before_anything_is_written(dense: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "other", tied=True, seed=8)
     with pytest.raises(InputError, match="plan: was made for another model"):
-        qtale.quantize(other, tmp_path / "out", plan=make_plan(dense))
+        qtale.quantize(other, tmp_path / "out", plan=mixed_plan(dense))
     with pytest.raises(UnsupportedError, match="its head is the embedding"):
-        qtale.quantize(other, tmp_path / "out", plan=make_plan(other, head=8))
+        qtale.quantize(other, tmp_path / "out", plan=mixed_plan(other, head=8))
     with pytest.raises(InputError, match="a plan says what every layer gets"):
-        qtale.quantize(dense, tmp_path / "out", QuantSpec(4), plan=make_plan(dense))
+        qtale.quantize(dense, tmp_path / "out", QuantSpec(4), plan=mixed_plan(dense))
     with pytest.raises(InputError, match="nothing to quantize"):
         qtale.quantize(dense, tmp_path / "out", plan=qtale.plan(dense, "1GiB"))
     assert files_in(tmp_path) == ["other"]
@@ -90,7 +87,7 @@ def test_plans_that_do_not_fit_are_refused_before_anything_is_written(dense: Pat
 
 def test_the_command_takes_a_plan_file(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "plan.json", tmp_path / "out"
-    make_plan(dense, head=4).write(file)
+    mixed_plan(dense, head=4).write(file)
     assert main(["quantize", str(dense), "--plan", str(file), "-o", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert sorted({row["num_bits"] for row in report["layers"]}) == [2, 3, 4, 8]
@@ -108,7 +105,7 @@ def test_the_command_takes_a_plan_file(dense: Path, tmp_path: Path, capsys: pyte
 def test_a_hand_edited_plan_is_refused_with_the_place(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    value = make_plan(dense).to_json()
+    value = mixed_plan(dense).to_json()
     value["layers"][3] = {"layer": 9, "num_bits": 4}
     (tmp_path / "plan.json").write_text(json.dumps(value))
     assert main(["quantize", str(dense), "--plan", str(tmp_path / "plan.json"), "--dry-run"]) == 1

@@ -78,8 +78,9 @@ def _options(args: argparse.Namespace) -> SolverOptions:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and print the report; returns 0."""
-    from qtale.integrations.quantize import MAX_MEMORY, quantize
+    from qtale.integrations.quantize import quantize
     from qtale.integrations.scoring_model import model_folder, spec_of
+    from qtale.layerwise.states import MAX_MEMORY
     from qtale.memory import parse_size
     from qtale.report.quantize import render
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qtale import _core, names
 from qtale.checkpoint.folder import ModelFolder
-from qtale.checkpoint.safetensors import TensorInfo
+from qtale.checkpoint.safetensors import FLOATS, TensorInfo
 from qtale.engine.regions import FIXED, Layout, Source
 from qtale.engine.spec import DecoderSpec
 from qtale.errors import CheckpointError, InputError, UnsupportedError
@@ -17,7 +17,6 @@ from qtale.spec import QuantSpec, ResolvedSpec
 
 _logger = logging.getLogger("qtale")
 
-CORE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm"
 # Buffers that older transformers stored beside the weights.
 _BUFFERS = ("rotary_emb.inv_freq",)
@@ -135,14 +134,14 @@ class _Planner:
                 f"{self.folder.path}: {module} has shape {list(found)} where config.json needs [{rows}, {cols}]."
             )
         spec = packed.spec if packed else quantize
-        return Source(module, rows, cols, CORE_NAMES[dtype], spec, packed, nbytes)
+        return Source(module, rows, cols, FLOATS[dtype], spec, packed, nbytes)
 
     def _tensor(self, name: str) -> TensorInfo:
         self.used.add(name)
         info = self.folder.shard_of(name).tensors[name]
-        if info.dtype not in CORE_NAMES:
+        if info.dtype not in FLOATS:
             raise UnsupportedError(
-                f"{self.folder.path}: {name} has dtype {info.dtype}; the engine reads {', '.join(CORE_NAMES)}."
+                f"{self.folder.path}: {name} has dtype {info.dtype}; the engine reads {', '.join(FLOATS)}."
             )
         return info
 

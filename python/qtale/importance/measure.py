@@ -20,11 +20,10 @@ from qtale.importance.metrics import make_metrics
 from qtale.importance.options import LOSS_METRICS, MeasureOptions
 from qtale.layerwise.journal import Journal, claimed
 from qtale.layerwise.model import LayeredModel
-from qtale.layerwise.states import States, open_states
+from qtale.layerwise.states import MAX_MEMORY, States, open_states
 from qtale.layerwise.tokens import check_tokens, check_vocabulary
 
 _logger = logging.getLogger("qtale")
-MAX_MEMORY = 1 << 30
 
 
 def measure_tokens(

@@ -12,7 +12,7 @@ from qtale.importance.forward import Tokens, batches
 from qtale.importance.metrics import rounding
 from qtale.importance.predictions import divergence, predictions
 from qtale.layerwise.model import Layer, LayeredModel
-from qtale.layerwise.states import States, open_states
+from qtale.layerwise.states import MAX_MEMORY, States, open_states
 from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # The spec of a Linear by its full name, None where it stays as stored.
 Specs = Callable[[str], QuantSpec | None]
-MAX_MEMORY = 1 << 30
 
 
 def divergences(folder: ModelFolder, tokens: Tokens, ways: Sequence[Specs], *, progress: bool = True) -> list[float]:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from qtale.checkpoint import resolve
 from qtale.importance.options import MeasureOptions
+from qtale.layerwise.states import MAX_MEMORY
 
 if TYPE_CHECKING:
     from qtale.importance.file import Importance
-
-MAX_MEMORY = 1 << 30
 
 
 def measure(

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from qtale.checkpoint import resolve
 from qtale.errors import InputError
+from qtale.layerwise.states import MAX_MEMORY
 from qtale.ptq.options import RTN, SolverOptions
 from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
     from qtale.planner.plan import Plan
     from qtale.ptq.worklist import Overrides, QuantizeReport
-
-MAX_MEMORY = 1 << 30
 
 
 def quantize(

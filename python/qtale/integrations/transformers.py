@@ -16,13 +16,12 @@ from qtale.format.tensors import PackedModule, packed_modules, read_module
 from qtale.integrations.routing import attach_routing
 from qtale.routing import read_routing
 from qtale.spec import QuantSpec
+from qtale.tensors import FLOATS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
-
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load_torch(
@@ -143,8 +142,8 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     import torch
 
     name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise InputError(f"load_torch: dtype {dtype!r} is not supported; use {', '.join(_DTYPES)}.")
+    if name not in FLOATS:
+        raise InputError(f"load_torch: dtype {dtype!r} is not supported; use {', '.join(FLOATS)}.")
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
@@ -153,7 +152,7 @@ def chosen_dtype(folder: ModelFolder, dtype: torch.dtype | str | None) -> torch.
     if dtype is not None and dtype != "auto":
         return _torch_dtype(dtype)
     stored = folder.config.get("dtype") or folder.config.get("torch_dtype")
-    return _torch_dtype(stored if stored in _DTYPES else "float32")
+    return _torch_dtype(stored if stored in FLOATS else "float32")
 
 
 def _load_dense(folder: ModelFolder, dtype: torch.dtype | str | None) -> PreTrainedModel:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from qtale import names
 from qtale.checkpoint.folder import ModelFolder
+from qtale.checkpoint.safetensors import FLOATS as FLOATS
 from qtale.errors import CheckpointError, UnsupportedError
 from qtale.layerwise.skeleton import build_skeleton, decoder_layers
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 Layer = Callable[["torch.Tensor"], "torch.Tensor"]
-
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class LayeredModel:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     Write = Callable[[torch.Tensor], None]
 
+# Bytes of hidden states in memory, where a caller says nothing else; more of them lie in files.
+MAX_MEMORY = 1 << 30
+
 
 class States(Protocol):
     """Named arrays float32 [count, length, width], written once from the first sequence to the last."""

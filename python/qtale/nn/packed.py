@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from qtale import ops
+from qtale.checkpoint.safetensors import FLOATS
 from qtale.errors import InputError
 from qtale.format.tensors import PACKED, SCALE, SHAPE, ZERO_POINT, packed_layout, packed_tensors
 from qtale.spec import ResolvedSpec
 
-_DTYPES = {"I32": torch.int32, "I64": torch.int64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {stored: getattr(torch, name) for stored, name in FLOATS.items()}
+_DTYPES = {"I32": torch.int32, "I64": torch.int64, **_FLOATS}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -36,7 +38,7 @@ def unpack_weight(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scale and zero_point of stored tensors; raises InputError where they do not fit ``shape``, ``spec``."""
     scale = tensors[SCALE]
-    if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if scale.dtype not in _FLOATS.values():
         raise InputError(f"{SCALE} is {scale.dtype}; expected float32, float16 or bfloat16.")
     for suffix, expected in packed_shapes(shape, spec, scale.dtype).items():
         found = tensors[suffix]

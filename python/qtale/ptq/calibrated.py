@@ -16,7 +16,7 @@ from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.identity import fingerprint
 from qtale.layerwise.journal import Journal, claimed
 from qtale.layerwise.model import LayeredModel
-from qtale.layerwise.states import open_states
+from qtale.layerwise.states import MAX_MEMORY, open_states
 from qtale.layerwise.tokens import Tokens, check_vocabulary
 from qtale.memory.host import available
 from qtale.memory.sizes import human_bytes
@@ -29,7 +29,6 @@ from qtale.ptq.tune import TuneOptions, needed_bytes, tune
 from qtale.ptq.worklist import LayerRow
 
 _logger = logging.getLogger("qtale")
-MAX_MEMORY = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from qtale.checkpoint.writer import ShardWriter, TensorShape
 from qtale.errors import CheckpointError, InputError
 from qtale.format.config import build_config
 from qtale.format.tensors import packed_layout, packed_tensors
-from qtale.ptq.calibrated import MAX_MEMORY, solve_layers
+from qtale.layerwise.states import MAX_MEMORY
+from qtale.ptq.calibrated import solve_layers
 from qtale.ptq.estimate import estimate
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.solved import SolvedTensors
