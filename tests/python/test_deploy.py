@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qtale
 from plan_samples import MIXED, MODULES, SIZES, deployer, make_plan, save_importance, save_model
 from qtale.deployment import Deployment
-from qtale.deployment.heap import resident_bytes
 from qtale.nn import QLinear
 from qtale.planner import Options, Plan
+from qtale.process import resident_bytes
 
 INPUT_IDS = torch.arange(1, 17).reshape(1, 16)
 deploy = deployer("torch", Options(choices=(16, 8, 4, 3), group_size=32, context=32))

@@ -21,7 +21,7 @@ SCRIPT = """
 import hashlib, json, sys
 import torch
 import qtale
-from qtale.deployment.heap import release
+from qtale.process import release
 from qtale.planner import Options
 
 def resident():

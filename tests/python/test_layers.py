@@ -12,7 +12,7 @@ import qtale
 ROOT = Path(qtale.__file__).parent
 # The package itself only re-exports, lazily; it belongs to no level.
 LEVELS = (
-    {"errors", "files", "spec", "names"},
+    {"errors", "files", "names", "process", "spec"},
     {"_core", "tensors", "kernels", "ops", "solve", "torch_library", "torch_ops", "torch_dense"},
     {"checkpoint", "format", "layerwise", "nn"},
     {"importance", "planner", "memory", "ptq", "routing", "qat"},

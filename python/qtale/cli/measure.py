@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", metavar="DIR", help="keep all state in DIR, and go on from what it holds")
     parser.add_argument(
         "--max-memory",
-        default="1GiB",
+        default="256MiB",
         metavar="SIZE",
-        help="hidden states above it go to a file (default 1GiB)",
+        help="hidden states above it go to a file (default 256MiB)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, without the token sets")
 

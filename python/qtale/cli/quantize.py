@@ -63,7 +63,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         help="of the layers' products over calibration tokens (default auto: bfloat16 where the CPU multiplies it)",
     )
     group.add_argument("--resume", metavar="DIR", help="keep all state there; a killed run goes on where it was")
-    group.add_argument("--max-memory", metavar="SIZE", help="hidden states in memory before files (default 1GiB)")
+    group.add_argument("--max-memory", metavar="SIZE", help="hidden states in memory before files (default 256MiB)")
 
 
 def _options(args: argparse.Namespace) -> SolverOptions:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.checkpoint.identity import fingerprint
 from qtale.deployment.change import DeployReport, ModuleChange
-from qtale.deployment.heap import release, resident_bytes
 from qtale.deployment.layers import bits_of, specs_of
 from qtale.deployment.room import Probe, cpu_devices, room, room_to_follow
 from qtale.deployment.running import Running, Specs, Step, change
@@ -27,6 +26,7 @@ from qtale.planner.make import Planner
 from qtale.planner.options import Options
 from qtale.planner.plan import Plan
 from qtale.planner.problem import BudgetError
+from qtale.process import release, resident_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

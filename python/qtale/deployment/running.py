@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from qtale.checkpoint.folder import ModelFolder
-from qtale.deployment.heap import release
 from qtale.errors import CheckpointError
+from qtale.process import release
 from qtale.spec import ResolvedSpec
 
 Specs = Mapping[str, ResolvedSpec | None]

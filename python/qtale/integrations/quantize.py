@@ -41,6 +41,7 @@ def quantize(
     """
     from qtale.integrations.calibration import calibrate
     from qtale.layerwise.tokens import check_tokens
+    from qtale.process import release
     from qtale.ptq.pipeline import quantize as write
 
     options = SolverOptions(method) if isinstance(method, str) else method
@@ -50,6 +51,8 @@ def quantize(
         if tokens is None:
             counts = (options.num_samples, options.seq_len, options.seed)
             tokens = calibrate(resolve(model), calibration, *counts).tokens
+            # The tokenizer and what it made of the whole text take more than the tokens that were drawn.
+            release()
         else:
             tokens = check_tokens(tokens, "quantize")
             options = dataclasses.replace(options, num_samples=len(tokens), seq_len=tokens.shape[1])

@@ -6,7 +6,6 @@ of transformers' own model, whose layers only note what they are called with, or
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +19,7 @@ from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.safetensors import FLOATS as FLOATS
 from qtale.errors import CheckpointError, UnsupportedError
 from qtale.layerwise.skeleton import build_skeleton, decoder_layers
+from qtale.process import release
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,8 @@ class LayeredModel:
         finally:
             for name, shape in shapes.items():
                 _set(module, name, torch.empty(shape, device="meta"))
-            _release_free_memory()
+            # glibc keeps what lies between small objects, more with every layer.
+            release()
 
     def parts(self, index: int) -> dict[str, torch.nn.Module]:
         """The modules inside layer ``index`` by full name; they hold weights while the layer is read."""
@@ -231,13 +232,6 @@ class LayeredModel:
             yield lambda hidden: self._surround(self._model, self._ids(*hidden.shape[:2]), hidden).logits
         finally:
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"), requires_grad=False)
-
-
-def _release_free_memory() -> None:
-    """Give freed memory back to the system: glibc keeps what lies between small objects, more with every layer."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _set(module: Any, name: str, value: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Write = Callable[[torch.Tensor], None]
 
 # Bytes of hidden states in memory, where a caller says nothing else; more of them lie in files.
-MAX_MEMORY = 1 << 30
+MAX_MEMORY = 256 << 20
 
 
 class States(Protocol):
