@@ -45,6 +45,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "auto-untuned": {"method": "auto", "tune_steps": 0},
     "auto": {"method": "auto"},
 }
+# Untuned "auto" without one of its steps, by the fields of its Recipe; not measured unless asked for.
+WITHOUT: dict[str, dict[str, Any]] = {
+    "untuned-even": {"even": False},
+    "untuned-search": {"search": 1},
+    "untuned-order": {"act_order": False},
+    "untuned-rounds": {"rounds": 0},
+    "untuned-gptq": {"gptq": False},
+}
+METHODS |= dict.fromkeys(WITHOUT, METHODS["auto-untuned"])
 DENSE = "dense"
 # A folder of their own: transformers takes kernels.py beside a script for the package of that name.
 STEPS = Path(__file__).parent / "quantizers"
@@ -136,6 +145,7 @@ class Runs:
         asked.update(dtype=self.options.peer_dtype, result=str(out.parent / "figures.json"))
         if not case.peer:
             asked["options"] = {**METHODS[case.method], **({} if case.seed is None else {"seed": case.seed})}
+            asked["recipe"] = WITHOUT.get(case.method, {})
         log = self.work / "logs" / f"{case.form} {case.name} {case.seed}.log".replace(" ", "-")
         log.parent.mkdir(exist_ok=True)
         environment = _environment(bool(case.peer), self.options.threads)
@@ -223,7 +233,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", metavar="FILE", help="a text (default: DIR/calibration/exllamav3_c4.utf8)")
     parser.add_argument("--forms", type=_names(FORMS), default=list(FORMS), metavar="A,B", help=", ".join(FORMS))
     parser.add_argument(
-        "--methods", type=_names(METHODS), default=list(METHODS), metavar="A,B", help=", ".join(METHODS)
+        "--methods",
+        type=_names(METHODS),
+        default=[name for name in METHODS if name not in WITHOUT],
+        metavar="A,B",
+        help=", ".join(METHODS),
     )
     parser.add_argument("--peers", type=_names(PEERS), default=[], metavar="A,B", help=", ".join(PEERS))
     parser.add_argument("--peer-dtype", default="float32", help="of llm-compressor (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +11,26 @@ import measured
 
 
 def prepare(asked: dict[str, Any]) -> Callable[[], object]:
-    """``asked``: model, out, spec, options (as SolverOptions has them), tokens (a .npy file, or null) and threads."""
+    """What is timed.
+
+    ``asked``: model, out, spec, options (as SolverOptions has them), fields of every Recipe that are not to be the
+    method's own, tokens (a .npy file, or null) and threads.
+    """
     import numpy as np
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - peers import it as well before they are timed
 
     import qtale
     from qtale import _core
+    from qtale.ptq import layer
     from qtale.ptq.options import SolverOptions
 
     torch.set_num_threads(asked["threads"])
     _core.set_num_threads(asked["threads"])
     spec, options = qtale.QuantSpec(**asked["spec"]), SolverOptions(**asked["options"])
     tokens = None if asked["tokens"] is None else np.load(asked["tokens"])
-    quantize = qtale.quantize
+    quantize, recipe_of = qtale.quantize, layer.recipe_of
+    layer.recipe_of = lambda options, spec: dataclasses.replace(recipe_of(options, spec), **asked["recipe"])
 
     def step() -> None:
         report = quantize(asked["model"], asked["out"], spec, method=options, tokens=tokens, progress=False)

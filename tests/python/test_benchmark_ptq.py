@@ -32,12 +32,12 @@ def test_it_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     text = write_words(tmp_path / "wikitext2" / "wiki.test.raw", 80, 8, seed=1)
     given = {"--model": model, "--data": tmp_path, "--calibration": text, "--work": tmp_path / "work", "--json": "-"}
     command = [sys.executable, str(FOLDER / "ptq.py"), "--quick", "--threads", "1", "--forms", "W3 g64"]
-    command += ["--methods", "gptq,auto", *(str(part) for pair in given.items() for part in pair)]
+    command += ["--methods", "gptq,auto,untuned-even", *(str(part) for pair in given.items() for part in pair)]
     stopped = subprocess.run([*command, "--time-limit", "0"], capture_output=True, text=True, timeout=300, check=True)
-    assert json.loads(stopped.stdout)["unfinished"] == 4
+    assert json.loads(stopped.stdout)["unfinished"] == 5
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     found = json.loads(done.stdout)
-    assert [row["method"] for row in found["rows"]] == ["dense", "rtn", "gptq", "auto"]
+    assert [row["method"] for row in found["rows"]] == ["dense", "rtn", "gptq", "auto", "untuned-even"]
     assert found["unfinished"] == 0
     assert all(row["perplexity"] > 1 and row["bytes"] > 0 for row in found["rows"])
     assert all(row["seconds"] > 0 and row["peak_bytes"] > 1 << 20 for row in found["rows"][1:])
