@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,9 @@ def growth(small: Path, *models: Path, sequences: int, max_memory: int, metrics:
     """Bytes by which measurements raise the peak resident memory of a process that did a tiny one before."""
     arguments = [str(sequences), str(max_memory), metrics, str(small), *map(str, models)]
     command = [sys.executable, "-c", CHILD % VOCAB, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # What is freed goes back at once, as blocks over 32 MiB always do; holes that glibc keeps took up to 3 layers more.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB >> 4)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.split()]
 
@@ -77,9 +80,9 @@ def test_memory_is_that_of_one_layer_and_flat_in_depth(small: Path, tmp_path: Pa
     models = [save_deep(tmp_path / str(layers), layers) for layers in (3, 16)]
     metrics = ",".join(DEFAULT_METRICS)
     shallow, deep = growth(small, *models, sequences=4, max_memory=1 << 30, metrics=metrics)
-    # The layer, activations, pieces of the layer while its error is measured; the whole model has 16 layers.
-    assert LAYER_BYTES < shallow < 8 * LAYER_BYTES
-    assert deep - shallow < 2 * LAYER_BYTES
+    # The layer, its gradient and squares, activations, a matrix being rounded; the whole model has 16 layers.
+    assert LAYER_BYTES < shallow < 5 * LAYER_BYTES
+    assert deep - shallow < LAYER_BYTES
 
 
 def test_large_hidden_states_go_to_files(small: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "core/half.h"
+#include "core/scalar.h"
 #include "cpu/kernels.h"
 #include "cpu/solve.h"
 #include "cpu/topk.h"
@@ -13,31 +13,16 @@ namespace qtale::cpu {
 namespace {
 
 float load(const RowsIn& rows, std::int64_t r, std::int64_t i) {
-  const std::int64_t at = r * rows.stride + i;
-  if (rows.dtype == DType::f16) return f16_to_float(static_cast<const std::uint16_t*>(rows.data)[at]);
-  if (rows.dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(rows.data)[at]);
-  return static_cast<const float*>(rows.data)[at];
+  return load_scalar(rows.data, rows.dtype, r * rows.stride + i);
 }
-
-void store(void* data, DType dtype, std::int64_t at, float value) {
-  if (dtype == DType::f16) {
-    static_cast<std::uint16_t*>(data)[at] = float_to_f16(value);
-  } else if (dtype == DType::bf16) {
-    static_cast<std::uint16_t*>(data)[at] = float_to_bf16(value);
-  } else {
-    static_cast<float*>(data)[at] = value;
-  }
-}
-
-float load_scale(const void* scale, DType dtype, std::int64_t at) { return load({scale, dtype, 0}, 0, at); }
 
 float epsilon(DType dtype) { return dtype == DType::f16 ? 0x1p-10f : dtype == DType::bf16 ? 0x1p-7f : FLT_EPSILON; }
 
 // Stores a scale and returns it as stored; one that rounds to nothing codes its whole group as zeros.
 float store_scale(void* scale, DType dtype, std::int64_t at, float wanted) {
-  store(scale, dtype, at, wanted);
-  if (load_scale(scale, dtype, at) < FLT_MIN) store(scale, dtype, at, epsilon(dtype));
-  return load_scale(scale, dtype, at);
+  store_scalar(scale, dtype, at, wanted);
+  if (load_scalar(scale, dtype, at) < FLT_MIN) store_scalar(scale, dtype, at, epsilon(dtype));
+  return load_scalar(scale, dtype, at);
 }
 
 int code_of(float value, float scale, float zero_point, int num_bits) {
@@ -85,7 +70,8 @@ void dequantize(const DequantizeArgs& a, std::int64_t begin, std::int64_t end) {
       const std::int64_t at = r * a.groups + k / a.group_size;
       const float zero = a.zero_point ? static_cast<float>(a.zero_point[at]) : 0.0f;
       const float code = static_cast<float>(a.codes[r * a.in_features + k]);
-      store(a.out.data, a.out.dtype, r * a.out.stride + k, (code - zero) * load_scale(a.scale, a.scale_dtype, at));
+      store_scalar(a.out.data, a.out.dtype, r * a.out.stride + k,
+                   (code - zero) * load_scalar(a.scale, a.scale_dtype, at));
     }
   }
 }
@@ -94,11 +80,11 @@ void fake_quantize(const FakeQuantizeArgs& a, std::int64_t begin, std::int64_t e
   for (std::int64_t r = begin; r < end; ++r) {
     for (std::int64_t k = 0; k < a.in_features; ++k) {
       const std::int64_t at = r * a.groups + k / a.group_size;
-      const float scale = load_scale(a.scale, a.scale_dtype, at);
+      const float scale = load_scalar(a.scale, a.scale_dtype, at);
       const float zero = a.zero_point ? static_cast<float>(a.zero_point[at]) : 0.0f;
       const float x = load(a.x, r, k);
       const float value = std::isnan(x) ? x : (static_cast<float>(code_of(x, scale, zero, a.num_bits)) - zero) * scale;
-      store(a.out.data, a.out.dtype, r * a.out.stride + k, value);
+      store_scalar(a.out.data, a.out.dtype, r * a.out.stride + k, value);
     }
   }
 }
@@ -117,7 +103,8 @@ Weight weight_at(const MatmulArgs& a, std::int64_t n, std::int64_t k) {
   const std::int64_t row = n % l.panel_rows, block = k / l.block_k;
   const std::uint8_t* params = panel + l.param_offset(block);
   const int zero = l.symmetric ? 0 : static_cast<std::int8_t>(params[l.scale_bytes + row]);
-  return {code_at(l, panel + l.block_offset(block), row, k % l.block_k) - zero, load_scale(params, l.scale_dtype, row)};
+  return {code_at(l, panel + l.block_offset(block), row, k % l.block_k) - zero,
+          load_scalar(params, l.scale_dtype, row)};
 }
 
 // One output of the int8 mode: activations of each 128 inputs rounded to amax / 127, integer products per weight block.
@@ -167,7 +154,7 @@ void matmul(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_en
   const std::int64_t end = std::min(a.layout->n, panel_end * a.layout->panel_rows);
   for (std::int64_t m = row_begin; m < row_end; ++m)
     for (std::int64_t n = panel_begin * a.layout->panel_rows; n < end; ++n)
-      store(a.y.data, a.y.dtype, m * a.y.stride + n, Dot(a, m, n) + (a.bias ? a.bias[n] : 0.0f));
+      store_scalar(a.y.data, a.y.dtype, m * a.y.stride + n, Dot(a, m, n) + (a.bias ? a.bias[n] : 0.0f));
 }
 
 std::size_t nothing_packed(std::int64_t, std::int64_t) { return 0; }

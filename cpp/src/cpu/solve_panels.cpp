@@ -3,28 +3,12 @@
 #include <algorithm>
 #include <numeric>
 
-#include "core/half.h"
+#include "core/scalar.h"
 #include "cpu/project.h"
 #include "qtale/parallel.h"
 
 namespace qtale::cpu {
 namespace {
-
-float load_scale(const void* data, DType dtype, std::int64_t at) {
-  if (dtype == DType::f16) return f16_to_float(static_cast<const std::uint16_t*>(data)[at]);
-  if (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(data)[at]);
-  return static_cast<const float*>(data)[at];
-}
-
-void store_scale(void* data, DType dtype, std::int64_t at, float value) {
-  if (dtype == DType::f16) {
-    static_cast<std::uint16_t*>(data)[at] = float_to_f16(value);
-  } else if (dtype == DType::bf16) {
-    static_cast<std::uint16_t*>(data)[at] = float_to_bf16(value);
-  } else {
-    static_cast<float*>(data)[at] = value;
-  }
-}
 
 float* floats(Scratch& memory, std::int64_t count) {
   return reinterpret_cast<float*>(memory.reserve(static_cast<std::size_t>(count) * sizeof(float)));
@@ -110,7 +94,7 @@ void SolvePanels::load_grids(std::int64_t panel) {
     for (std::int64_t lane = 0; lane < lanes; ++lane) {
       const bool used = lane < rows(panel);
       const std::int64_t at = (first_row(panel) + lane) * weight_.groups + g;
-      grid[kScale * lanes + lane] = used ? load_scale(weight_.scale, weight_.scale_dtype, at) : 1.0f;
+      grid[kScale * lanes + lane] = used ? load_scalar(weight_.scale, weight_.scale_dtype, at) : 1.0f;
       grid[kInverse * lanes + lane] = 1.0f / grid[kScale * lanes + lane];
       grid[kZero * lanes + lane] = used && weight_.zero_point ? static_cast<float>(weight_.zero_point[at]) : 0.0f;
     }
@@ -145,7 +129,7 @@ void store_grid_rows(const SolveWeight& weight, std::int64_t first_row, std::int
                      std::int64_t lanes, const float* grid) {
   for (std::int64_t lane = 0; lane < rows; ++lane) {
     const std::int64_t at = (first_row + lane) * weight.groups + group;
-    store_scale(weight.scale, weight.scale_dtype, at, grid[kScale * lanes + lane]);
+    store_scalar(weight.scale, weight.scale_dtype, at, grid[kScale * lanes + lane]);
     if (weight.zero_point) weight.zero_point[at] = static_cast<std::int8_t>(grid[kZero * lanes + lane]);
   }
 }

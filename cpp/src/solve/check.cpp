@@ -4,20 +4,11 @@
 #include <cmath>
 #include <vector>
 
-#include "core/half.h"
+#include "core/scalar.h"
 #include "core/text.h"
 #include "qtale/parallel.h"
 
 namespace qtale::solve {
-namespace {
-
-float scale_at(const cpu::SolveWeight& w, std::int64_t i) {
-  if (w.scale_dtype == DType::f16) return f16_to_float(static_cast<const std::uint16_t*>(w.scale)[i]);
-  if (w.scale_dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(w.scale)[i]);
-  return static_cast<const float*>(w.scale)[i];
-}
-
-}  // namespace
 
 void check_finite(std::string_view op, std::string_view name, const TensorView& t) {
   constexpr std::int64_t kGrain = 65536;
@@ -88,7 +79,7 @@ cpu::SolveWeight check_weight(std::string_view op, const TensorView& weight, int
 void check_grids(std::string_view op, const cpu::SolveWeight& w) {
   const int half = 1 << (w.num_bits - 1);
   for (std::int64_t i = 0; i < w.rows * w.groups; ++i) {
-    if (const float s = scale_at(w, i); !std::isfinite(s) || !std::isfinite(1.0f / s))
+    if (const float s = load_scalar(w.scale, w.scale_dtype, i); !std::isfinite(s) || !std::isfinite(1.0f / s))
       fail_input("{}: the scale of row {}, group {} is {}; expected a number that is not 0.", op, i / w.groups,
                  i % w.groups, s);
     if (const int zero = w.zero_point ? w.zero_point[i] : 0; zero < -half || zero >= half)
