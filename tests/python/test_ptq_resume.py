@@ -21,11 +21,12 @@ from importance_samples import save_model, some_tokens
 from qtale import QuantSpec, SolverOptions
 from qtale.errors import CheckpointError, Error, InputError
 from qtale.layerwise.journal import Journal
+from qtale.ptq import tune, tuning_state
 from qtale.ptq.solved import SolvedLayers
 
 # CI kills fewer times; the whole check is QTALE_KILLS=50.
 KILLS = int(os.environ.get("QTALE_KILLS", "6"))
-OPTIONS = SolverOptions("auto", tune_steps=3)
+OPTIONS = SolverOptions("auto", tune_steps=5)
 SPEC = QuantSpec(3, 32)
 # Kills itself after so many writes to a file that the resumed run depends on, in the middle of the next one.
 CHILD = """
@@ -33,7 +34,10 @@ import os, signal, sys
 import numpy as np
 import qtale
 from qtale import QuantSpec, SolverOptions
+from qtale.ptq import tuning_state
 import builtins, pathlib
+
+tuning_state.EVERY = 2
 
 left = [int(sys.argv[3])]
 def counted(function):
@@ -46,7 +50,7 @@ def counted(function):
 pathlib.Path.replace = counted(pathlib.Path.replace)
 pathlib.Path.unlink = counted(pathlib.Path.unlink)
 os.fsync = counted(os.fsync)
-qtale.quantize(sys.argv[1], sys.argv[2], QuantSpec(3, 32), method=SolverOptions("auto", tune_steps=3),
+qtale.quantize(sys.argv[1], sys.argv[2], QuantSpec(3, 32), method=SolverOptions("auto", tune_steps=5),
                tokens=np.load("tokens.npy"), resume="state", progress=False)
 print(left[0])
 """
@@ -166,3 +170,23 @@ def test_layers_that_cannot_be_written_are_an_error(tmp_path: Path, monkeypatch:
     with pytest.raises(Error, match=r"layer-0.safetensors: cannot be written"):
         SolvedLayers(tmp_path).write("layer-0", {"a": torch.zeros(1 << 16)})
     assert not any(tmp_path.iterdir())
+
+
+def test_tuning_goes_on_where_it_was(
+    model: Path, straight: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = tune._step, []
+
+    def step(*arguments: Any) -> float:
+        calls.append(len(calls))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(tune, "_step", step)
+    monkeypatch.setattr(tuning_state, "EVERY", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "out", resume=tmp_path / "state")
+    assert run(model, tmp_path / "out", resume=tmp_path / "state") == straight
+    # Three were done, of which two were kept; five are asked for.
+    assert len(calls) == 4 + 3

@@ -26,6 +26,7 @@ from qtale.ptq.recipe import recipe_of
 from qtale.ptq.solved import SolvedLayers
 from qtale.ptq.streams import DENSE, QUANTIZED, Streams
 from qtale.ptq.tune import TuneOptions, needed_bytes, tune
+from qtale.ptq.tuning_state import TuningState
 from qtale.ptq.worklist import LayerRow
 
 _logger = logging.getLogger("qtale")
@@ -75,7 +76,8 @@ def solve_layers(
         # Tuning holds the whole model; what ran layer by layer goes first.
         model.close()
         if options.tuning and rows:
-            files += _tuned(folder, rows, tokens, options, journal, layers, files, progress)
+            state = None if where is None else TuningState(journal, layers)
+            files += _tuned(folder, rows, tokens, options, journal, layers, files, state, progress)
         yield Calibrated(layers, tuple(files), found)
 
 
@@ -91,6 +93,7 @@ def _tuned(
     journal: Journal,
     layers: SolvedLayers,
     files: list[str],
+    state: TuningState | None,
     progress: bool,
 ) -> list[str]:
     """Tune all layers together where memory allows it; the files that this adds."""
@@ -113,7 +116,7 @@ def _tuned(
             bar.set_postfix_str(f"divergence {loss:.4f}")
             bar.update()
 
-        tuned = tune(folder, rows, solved, tokens, settings, done)
+        tuned = tune(folder, rows, solved, tokens, settings, done, state)
     journal.save(name, {"file": layers.write(name, tuned.tensors), "divergence": list(tuned.divergence)})
     return [name]
 

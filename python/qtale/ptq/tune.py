@@ -20,6 +20,7 @@ from qtale.format.tensors import PACKED, SCALE, ZERO_POINT
 from qtale.layerwise.model import FLOATS
 from qtale.layerwise.tokens import Tokens
 from qtale.ptq.products import AUTO, products
+from qtale.ptq.tuning_state import TuningState
 from qtale.ptq.worklist import LayerRow
 
 if TYPE_CHECKING:
@@ -72,11 +73,12 @@ def tune(
     tokens: Tokens,
     options: TuneOptions,
     done: Callable[[float], object],
+    kept: TuningState | None = None,
 ) -> Tuned:
     """Tune the scales of ``rows`` and all norms on ``tokens`` [sequences, length]; ``done`` is told each step's loss.
 
     ``solved`` holds the packed tensors of the rows and norms that were changed already. The whole model is in memory,
-    see :func:`needed_bytes`.
+    see :func:`needed_bytes`. With ``kept``, a run that was killed goes on from what lies there.
     """
     import torch
 
@@ -84,8 +86,12 @@ def tune(
     _share(dense, student)
     changes = _replace(student, rows, solved, folder)
     optimizer = torch.optim.Adam(changes.values(), lr=options.rate, betas=_BETAS)
-    losses = []
+    losses = [] if kept is None else kept.restore(changes, optimizer)
+    for loss in losses:
+        done(loss)
     for step, sequences in enumerate(_order(len(tokens), options)):
+        if step < len(losses):
+            continue
         for group in optimizer.param_groups:
             group["lr"] = options.rate * _schedule(step, options.steps)
         optimizer.zero_grad()
@@ -93,6 +99,8 @@ def tune(
         torch.nn.utils.clip_grad_norm_(changes.values(), 1.0)
         optimizer.step()
         done(losses[-1])
+        if kept is not None:
+            kept.keep(changes, optimizer, losses)
     return Tuned(_results(student, changes, folder), tuple(losses))
 
 
