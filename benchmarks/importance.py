@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import re
 import statistics
@@ -23,6 +22,7 @@ from output import publish
 from qtale import _core, ops
 from qtale.bench import machine, undisturbed, wall
 from qtale.errors import Error
+from qtale.process import release
 from qtale.tensors import memory
 
 Row = dict[str, Any]
@@ -74,16 +74,9 @@ def status(field: str) -> int:
     return int(found[1]) << 10 if found else 0
 
 
-def release_heap() -> None:
-    """Gives freed memory back to the system, so that taking it again is seen; glibc only."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def peak_memory(run: Callable[[], object]) -> int | None:
     """Bytes by which the resident memory of the process grew at most during ``run``; None where nobody counts them."""
-    release_heap()
+    release()  # so that taking memory again is seen
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     except OSError:

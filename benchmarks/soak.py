@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 import qtale
 from output import publish
+from qtale import process
 from qtale.bench import machine
-from qtale.deployment import heap
 from qtale.engine import Engine
 from qtale.errors import Error
 
@@ -51,8 +51,8 @@ def rss(released: bool = False) -> int:
     """Resident bytes of this process; ``released``: after what is free was given back to the system."""
     if released:
         gc.collect()
-        heap.release()
-    return heap.resident_bytes() or 0
+        process.release()
+    return process.resident_bytes() or 0
 
 
 class Calls:

@@ -34,6 +34,18 @@ void check_matrix(std::string_view op, std::string_view name, const TensorView& 
     fail_input("{}: the rows of {} are not contiguous (stride {}); call .contiguous() first.", op, name, t.strides[1]);
 }
 
+void check_matrix(std::string_view op, std::string_view name, const TensorView& t, DType dtype) {
+  check_dtype(op, name, t, dtype);
+  check_matrix(op, name, t);
+  check_cpu(op, t);
+}
+
+void check_float_matrix(std::string_view op, std::string_view name, const TensorView& t) {
+  check_float(op, name, t);
+  check_matrix(op, name, t);
+  check_cpu(op, t);
+}
+
 void check_heads(std::string_view op, std::string_view name, const TensorView& t, int rank) {
   check_dtype(op, name, t, DType::f32);
   check_cpu(op, t);
@@ -58,6 +70,13 @@ void check_shape(std::string_view op, std::string_view name, const TensorView& t
   if (t.rank != 2 || t.shape[0] != rows || t.shape[1] != cols)
     fail_input("{}: {} has shape {}; expected [{}, {}].", op, name, shape_text(t), rows, cols);
   check_contiguous(op, name, t);
+}
+
+void check_shape(std::string_view op, std::string_view name, const TensorView& t, DType dtype, std::int64_t rows,
+                 std::int64_t cols) {
+  check_dtype(op, name, t, dtype);
+  check_shape(op, name, t, rows, cols);
+  check_cpu(op, t);
 }
 
 void check_contiguous(std::string_view op, std::string_view name, const TensorView& t) {

@@ -7,17 +7,11 @@ namespace qtale {
 
 void matmul(const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView& y) {
   constexpr auto op = "matmul";
-  ops::check_dtype(op, "x", x, DType::f32);
-  ops::check_matrix(op, "x", x);
-  ops::check_cpu(op, x);
-  ops::check_float(op, "weight", weight);
-  ops::check_matrix(op, "weight", weight);
-  ops::check_cpu(op, weight);
+  ops::check_matrix(op, "x", x, DType::f32);
+  ops::check_float_matrix(op, "weight", weight);
   const std::int64_t rows = x.shape[0], in = x.shape[1], out = weight.shape[0];
   if (weight.shape[1] != in) fail_input("matmul: x has {} features; the weight takes {}.", in, weight.shape[1]);
-  ops::check_dtype(op, "y", y, DType::f32);
-  ops::check_matrix(op, "y", y);
-  ops::check_cpu(op, y);
+  ops::check_matrix(op, "y", y, DType::f32);
   if (y.shape[0] != rows || y.shape[1] != out)
     fail_input("matmul: y has shape {}; expected [{}, {}].", ops::shape_text(y), rows, out);
   if (bias != nullptr) {

@@ -11,9 +11,7 @@ void check(const char* op, const TensorView& codes, int num_bits, const TensorVi
   ops::check_matrix(op, "codes", codes);
   ops::check_contiguous(op, "codes", codes);
   ops::check_cpu(op, codes);
-  ops::check_dtype(op, "packed", packed, DType::s32);
-  ops::check_shape(op, "packed", packed, codes.shape[0], (codes.shape[1] * num_bits + 31) / 32);
-  ops::check_cpu(op, packed);
+  ops::check_shape(op, "packed", packed, DType::s32, codes.shape[0], (codes.shape[1] * num_bits + 31) / 32);
 }
 
 }  // namespace

@@ -59,19 +59,13 @@ void unprepack(const TensorView& buffer, const TensorView& codes, const TensorVi
                const TensorView* zero_point) {
   constexpr auto op = "unprepack";
   const PrepackedInfo info = prepacked_info(buffer);
-  ops::check_dtype(op, "codes", codes, DType::s8);
-  ops::check_shape(op, "codes", codes, info.out_features, info.in_features);
-  ops::check_cpu(op, codes);
-  ops::check_dtype(op, "scale", scale, info.scale_dtype);
-  ops::check_shape(op, "scale", scale, info.out_features, info.groups);
-  ops::check_cpu(op, scale);
+  ops::check_shape(op, "codes", codes, DType::s8, info.out_features, info.in_features);
+  ops::check_shape(op, "scale", scale, info.scale_dtype, info.out_features, info.groups);
   if ((zero_point == nullptr) != info.symmetric)
     fail_input("unprepack: the weight is {}symmetric, so it has {} zero points.", info.symmetric ? "" : "a",
                info.symmetric ? "no" : "its");
   if (zero_point != nullptr) {
-    ops::check_dtype(op, "zero_point", *zero_point, DType::s8);
-    ops::check_shape(op, "zero_point", *zero_point, info.out_features, info.groups);
-    ops::check_cpu(op, *zero_point);
+    ops::check_shape(op, "zero_point", *zero_point, DType::s8, info.out_features, info.groups);
   }
   cpu::unprepack(buffer.as<const std::uint8_t>(), buffer.shape[0], codes.as<std::int8_t>(), scale.data,
                  zero_point ? zero_point->as<std::int8_t>() : nullptr);

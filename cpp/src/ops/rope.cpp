@@ -9,9 +9,7 @@ void rope(const TensorView& x, const TensorView& table, const TensorView& positi
   ops::check_heads(op, "x", x, 3);
   const std::int64_t rows = x.shape[0], head_dim = x.shape[2];
   if (head_dim % 2 != 0) fail_input("rope: head_dim is {}; it rotates pairs, so use an even one.", head_dim);
-  ops::check_dtype(op, "table", table, DType::f32);
-  ops::check_matrix(op, "table", table);
-  ops::check_cpu(op, table);
+  ops::check_matrix(op, "table", table, DType::f32);
   if (table.shape[1] != head_dim)
     fail_input("rope: the table has {} columns; expected head_dim, {}.", table.shape[1], head_dim);
   ops::check_vector(op, "positions", positions, DType::s32, rows);

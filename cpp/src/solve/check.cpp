@@ -27,9 +27,7 @@ void check_finite(std::string_view op, std::string_view name, const TensorView& 
 }
 
 void check_square(std::string_view op, std::string_view name, const TensorView& t, std::int64_t n) {
-  ops::check_dtype(op, name, t, DType::f32);
-  ops::check_matrix(op, name, t);
-  ops::check_cpu(op, t);
+  ops::check_matrix(op, name, t, DType::f32);
   if (t.shape[0] != n || t.shape[1] != n)
     fail_input("{}: {} has shape {}; expected [{}, {}].", op, name, ops::shape_text(t), n, n);
   check_finite(op, name, t);
@@ -59,9 +57,7 @@ void check_importance(std::string_view op, const TensorView& t, std::int64_t n) 
 cpu::SolveWeight check_weight(std::string_view op, const TensorView& weight, int num_bits, const TensorView& scale,
                               const TensorView* zero_point) {
   ops::check_bits(op, num_bits);
-  ops::check_dtype(op, "weight", weight, DType::f32);
-  ops::check_matrix(op, "weight", weight);
-  ops::check_cpu(op, weight);
+  ops::check_matrix(op, "weight", weight, DType::f32);
   const std::int64_t out = weight.shape[0], in = weight.shape[1];
   const std::int64_t groups = ops::check_params(op, out, in, scale, zero_point);
   check_finite(op, "weight", weight);
@@ -88,9 +84,7 @@ void check_grids(std::string_view op, const cpu::SolveWeight& w) {
 }
 
 std::int8_t* check_codes_out(std::string_view op, const TensorView& codes, const cpu::SolveWeight& weight) {
-  ops::check_dtype(op, "codes", codes, DType::s8);
-  ops::check_shape(op, "codes", codes, weight.rows, weight.columns);
-  ops::check_cpu(op, codes);
+  ops::check_shape(op, "codes", codes, DType::s8, weight.rows, weight.columns);
   return codes.as<std::int8_t>();
 }
 

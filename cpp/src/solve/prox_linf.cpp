@@ -8,13 +8,9 @@ namespace {
 
 void threshold(const char* op, const char* name, const TensorView& values, std::int64_t group_size, float step,
                const TensorView& out, bool project) {
-  ops::check_dtype(op, "values", values, DType::f32);
-  ops::check_matrix(op, "values", values);
-  ops::check_cpu(op, values);
+  ops::check_matrix(op, "values", values, DType::f32);
   const std::int64_t rows = values.shape[0], in = values.shape[1];
-  ops::check_dtype(op, "out", out, DType::f32);
-  ops::check_shape(op, "out", out, rows, in);
-  ops::check_cpu(op, out);
+  ops::check_shape(op, "out", out, DType::f32, rows, in);
   const std::int64_t size = solve::check_group_size(op, group_size, in);
   if (!(step >= 0.0f) || !std::isfinite(step))
     fail_input("{}: {} is {}; expected a number that is not negative.", op, name, step);

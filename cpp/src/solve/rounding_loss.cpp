@@ -23,9 +23,7 @@ const float* check_column_scale(const TensorView* column_scale, std::int64_t in)
 double rounding_loss(const TensorView& weight, const TensorView& hessian, const TensorView* column_scale, int num_bits,
                      std::int64_t group_size, bool symmetric, DType scale_dtype) {
   ops::check_bits(kOp, num_bits);
-  ops::check_dtype(kOp, "weight", weight, DType::f32);
-  ops::check_matrix(kOp, "weight", weight);
-  ops::check_cpu(kOp, weight);
+  ops::check_matrix(kOp, "weight", weight, DType::f32);
   const std::int64_t in = weight.shape[1], size = solve::check_group_size(kOp, group_size, in);
   solve::check_finite(kOp, "weight", weight);
   solve::check_square(kOp, "hessian", hessian, in);

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qtale.cli.generate import add_weight_arguments
 from qtale.errors import InputError
 
 NAME = "bench"
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.add_argument("model", metavar="MODEL", help="a model folder, dense or quantized, a hub name, or 'demo'")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    _add_model_arguments(parser)
+    add_weight_arguments(parser)
     group = parser.add_argument_group("measurement")
     group.add_argument("--threads", metavar="N[,N…]", help="thread counts; default 1 and as many as there are cores")
     group.add_argument("--batch", default="1,2,4,8,16", metavar="N[,N…]", help="sequences that are decoded together")
@@ -27,15 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repeat", type=int, default=9, metavar="N", help="samples; a third of it for slow figures")
     group.add_argument("--peer", metavar="NAME", help="measure beside llama.cpp, with random weights of the same shape")
     group.add_argument("--peer-path", "--peer_path", type=Path, metavar="PATH", help="its llama-bench program")
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--bits", type=int, metavar="N", help="round a dense model to 2, 3, 4 or 8 bits on the way in")
-    group.add_argument("--group-size", "--group_size", default="auto", metavar="N", help="of --bits; default auto")
-    group.add_argument("--lm-head-bits", "--lm_head_bits", type=int, metavar="N", help="round the head to 8 or 4 bits")
-    group.add_argument("--compute", choices=("int8", "float"), default="int8", help="how quantized layers multiply")
-    group.add_argument("--cache", metavar="auto|DIR", help="keep packed weights on disk, so that loading is fast")
 
 
 def counts(text: str, option: str) -> tuple[int, ...]:

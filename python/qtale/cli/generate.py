@@ -29,14 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of loading, shared with ``qtale chat``."""
+    group = add_weight_arguments(parser)
+    group.add_argument("--context", type=int, metavar="N", help="most tokens of a sequence; default as the model's")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of the engine; default as many as cores")
+
+
+def add_weight_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Those of them that ``qtale bench`` takes too, which sets the others by itself."""
     group = parser.add_argument_group("model")
     group.add_argument("--bits", type=int, metavar="N", help="round a dense model to 2, 3, 4 or 8 bits on the way in")
     group.add_argument("--group-size", "--group_size", default="auto", metavar="N", help="of --bits; default auto")
     group.add_argument("--lm-head-bits", "--lm_head_bits", type=int, metavar="N", help="round the head to 8 or 4 bits")
     group.add_argument("--compute", choices=("int8", "float"), default="int8", help="how quantized layers multiply")
-    group.add_argument("--context", type=int, metavar="N", help="most tokens of a sequence; default as the model's")
-    group.add_argument("--threads", type=int, metavar="N", help="threads of the engine; default as many as cores")
     group.add_argument("--cache", metavar="auto|DIR", help="keep packed weights on disk, so that loading is fast")
+    return group
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,8 +26,8 @@ def divergences(folder: ModelFolder, tokens: Tokens, ways: Sequence[Specs], *, p
     """KL(p || p') in nats per token of every way of rounding, on token numbers [sequences, length].
 
     Runs layer by layer: in memory are the embedding matrix, a layer in float32 twice, the head in float32, and the
-    hidden states of every way up to a GiB, more of them lie in temporary files. Positions are those at which the
-    metric ``kl`` compares. Raises CheckpointError and UnsupportedError as ``measure_tokens`` does.
+    hidden states of every way up to ``MAX_MEMORY``, more of them lie in temporary files. Positions are those at which
+    the metric ``kl`` compares. Raises CheckpointError and UnsupportedError as ``measure_tokens`` does.
     """
     from tqdm.auto import tqdm
 
