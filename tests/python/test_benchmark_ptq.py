@@ -48,6 +48,14 @@ def test_it_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "work" / "rows.json").read_bytes() == before
 
 
+def test_layers_of_a_shape_are_timed() -> None:
+    command = [sys.executable, str(FOLDER / "ptq_shape.py"), "--quick", "--threads", "1", "--json", "-"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout)
+    assert found["operations"] > 0
+    assert found["share"] == pytest.approx(found["operations"] / found["cpu_seconds"] / found["f32_fma_peak"])
+    assert found["peak_bytes"] > 1 << 20
+
+
 def test_an_unknown_method_is_a_sentence() -> None:
     command = [sys.executable, str(FOLDER / "ptq.py"), "--data", ".", "--work", ".", "--methods", "gptx"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -15,8 +15,6 @@ from qtale.ptq.worklist import PROCESS_BYTES, LayerRow
 
 # transformers and lm-eval's part of the process, beside torch and qtale.
 _LIBRARIES = 192 << 20
-# Every matrix runs twice over the calibration tokens: for what comes behind it, and for the next layer.
-_RUNS = 2
 # A dense run, one of the student, and two products of its backward pass.
 _TUNING_RUNS = 4
 # Share of the float32 peak that the whole of it reaches, measured with benchmarks/ptq.py.
@@ -43,10 +41,13 @@ def estimate(folder: ModelFolder, rows: Mapping[str, LayerRow], options: SolverO
 
 def _operations(folder: ModelFolder, rows: Iterable[LayerRow], options: SolverOptions) -> int:
     tokens, total, seen = options.num_samples * options.seq_len, 0, set()
+    inner = int(folder.config.get("intermediate_size", 0))
     for row in rows:
         out, width = row.shape
         recipe = recipe_of(options, row.spec)
-        total += 2 * tokens * out * width * (_RUNS + (2 if recipe.awq else 0))
+        # What lies between the attention and the last matrix runs for that one, and again for the next layer.
+        runs = 2 if out in (inner, 2 * inner) else 1
+        total += 2 * tokens * out * width * (runs + (2 if recipe.awq else 0))
         stage = names.shared_spec_key(row.name) or row.name
         if stage not in seen:
             seen.add(stage)
