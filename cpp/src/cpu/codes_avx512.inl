@@ -85,12 +85,11 @@ QTALE_INLINE __m512i load_zeros(const std::uint8_t* p, int v) {
 
 // Asks for one field's part of the lines of a step: all at once would be more than the line buffers take.
 template <class C, int Field>
-QTALE_INLINE void prefetch_part_of_step(const std::uint8_t* w, Prefetch prefetch) {
+QTALE_INLINE void prefetch_part_of_step(const std::uint8_t*& ahead, std::int64_t pace) {
   constexpr int kLines = C::kBytes / 64, kFirst = kLines * Field / C::kFields;
-  unroll<kLines*(Field + 1) / C::kFields - kFirst>([&](auto i) QTALE_INLINE_LAMBDA {
-    constexpr int kLine = kFirst + i;
-    const std::int64_t ahead = kLine < kLines / 2 ? prefetch.low : prefetch.high;
-    _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * kLine, _MM_HINT_T0);
+  unroll<kLines*(Field + 1) / C::kFields - kFirst>([&](auto) QTALE_INLINE_LAMBDA {
+    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+    ahead += pace;
   });
 }
 

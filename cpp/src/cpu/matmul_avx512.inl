@@ -32,10 +32,10 @@ struct TileIn {
 
 template <int Bits, int M>
 QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a, std::int64_t lda,
-                                Prefetch prefetch) {
+                                const std::uint8_t*& ahead, std::int64_t pace) {
   using C = Codes<Bits>;
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
-    prefetch_part_of_step<C, field>(w, prefetch);
+    prefetch_part_of_step<C, field>(ahead, pace);
     __m512i code[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { code[p] = C::template get<field>(w, p); });
     unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
@@ -89,14 +89,16 @@ QTALE_INLINE void flush(const __m512i (&acc)[M][kVecs], const std::uint8_t* scal
 template <int Bits, int M, bool kFromZero>
 QTALE_INLINE void multiply_block(__m512i (&acc)[M][kVecs], const std::uint8_t* w, const std::int8_t* a,
                                  std::int64_t lda, std::int64_t steps, const std::int32_t* sums, std::int64_t ld_sums,
-                                 Prefetch prefetch) {
+                                 const Prefetch& prefetch) {
+  const std::uint8_t* ahead = prefetch.at(w);
   using C = Codes<Bits>;
   unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
     const __m512i start = kFromZero ? _mm512_setzero_si512() : _mm512_set1_epi32(-C::kOffset * sums[m * ld_sums]);
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { acc[m][p] = start; });
   });
 #pragma GCC unroll 1
-  for (; steps > 0; --steps, w += C::kBytes, a += C::kInputs) multiply_step<Bits, M>(acc, w, a, lda, prefetch);
+  for (; steps > 0; --steps, w += C::kBytes, a += C::kInputs)
+    multiply_step<Bits, M>(acc, w, a, lda, ahead, prefetch.pace);
   // Else g++ 12 carries the output tile around this loop in spilled registers, or spills the sums inside it.
   asm volatile("" ::: "memory");
   unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
@@ -183,9 +185,9 @@ void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
   const auto finish = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, float* out) {
     if (l.per_channel) finish_channel(l, a.panels + panel * l.panel_bytes, acts.totals + m, rows, out);
   };
-  // Small blocks scale their sums so often that a row less in a tile costs little and helps to overlap; but one tile
-  // reads weights better than two.
-  const int tile_rows = l.block_k < kActGroup && row_end - row_begin > kMaxTile ? kMaxTile - 1 : kMaxTile;
+  // Small blocks scale their sums so often that four rows in a tile are best: more of that overlaps with products. But
+  // one tile reads weights better than two.
+  const int tile_rows = l.block_k < kActGroup && row_end - row_begin > kMaxTile ? 4 : kMaxTile;
   run_tiles(a, {panel_begin, panel_end}, {row_begin, row_end}, l.act_groups, tile_rows, tile, finish);
 }
 

@@ -94,10 +94,11 @@ inline __m512i code_table() {
 
 template <int Bits, int R>
 QTALE_INLINE void multiply_step_bf16(__m512 (&acc)[R][kVecs], __m512i table, const std::uint8_t* w,
-                                     const std::uint16_t* x, std::int64_t ldx, Prefetch prefetch) {
+                                     const std::uint16_t* x, std::int64_t ldx, const std::uint8_t*& ahead,
+                                     std::int64_t pace) {
   using C = Codes<Bits>;
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
-    prefetch_part_of_step<C, field>(w, prefetch);
+    prefetch_part_of_step<C, field>(ahead, pace);
     unroll<2>([&](auto odd) QTALE_INLINE_LAMBDA {
       __m512i value[kVecs];
       unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
@@ -123,6 +124,7 @@ __attribute__((noipa)) void tile_bf16(const Layout& l, const std::uint8_t* panel
   const __m512i table = code_table<Bits>();
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
     const std::uint8_t* w = panel + l.block_offset(b);
+    const std::uint8_t* ahead = prefetch.at(w);
     const std::uint16_t* a = x + b * l.block_k;
     const std::int64_t steps = l.block_size(b) / C::kInputs;
     __m512 acc[R][kVecs];
@@ -132,7 +134,7 @@ __attribute__((noipa)) void tile_bf16(const Layout& l, const std::uint8_t* panel
     each_sum([](__m512& sum) QTALE_INLINE_LAMBDA { sum = _mm512_setzero_ps(); });
 #pragma GCC unroll 1
     for (std::int64_t s = 0; s < steps; ++s, w += C::kBytes, a += C::kInputs)
-      multiply_step_bf16<Bits, R>(acc, table, w, a, l.k_padded, prefetch);
+      multiply_step_bf16<Bits, R>(acc, table, w, a, l.k_padded, ahead, prefetch.pace);
     asm volatile("" ::: "memory");  // as in multiply_block
     each_sum([](__m512& sum) QTALE_INLINE_LAMBDA { asm volatile("" : "+v"(sum)); });
     const std::uint8_t* params = panel + l.param_offset(b);

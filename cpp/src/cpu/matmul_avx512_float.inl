@@ -31,10 +31,10 @@ QTALE_INLINE __m512 code_values(__m512i line) {
 
 template <int Bits, int M>
 QTALE_INLINE void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_t* w, const float* x, std::int64_t ldx,
-                                      Prefetch prefetch) {
+                                      const std::uint8_t*& ahead, std::int64_t pace) {
   using C = Codes<Bits>;
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
-    prefetch_part_of_step<C, field>(w, prefetch);
+    prefetch_part_of_step<C, field>(ahead, pace);
     __m512i line[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
       line[p] = kInPlace<Bits> ? load_line(w + 64 * p) : C::template get<field>(w, p);
@@ -80,6 +80,7 @@ __attribute__((noipa)) void tile_float(const Layout& l, const std::uint8_t* pane
   using C = Codes<Bits>;
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
     const std::uint8_t* w = panel + l.block_offset(b);
+    const std::uint8_t* ahead = prefetch.at(w);
     const float* a = x + b * l.block_k;
     const std::int64_t steps = l.block_size(b) / C::kInputs;
     __m512 acc[M][kVecs];
@@ -88,7 +89,7 @@ __attribute__((noipa)) void tile_float(const Layout& l, const std::uint8_t* pane
     });
 #pragma GCC unroll 1
     for (std::int64_t s = 0; s < steps; ++s, w += C::kBytes, a += C::kInputs)
-      multiply_step_float<Bits, M>(acc, w, a, l.k_padded, prefetch);
+      multiply_step_float<Bits, M>(acc, w, a, l.k_padded, ahead, prefetch.pace);
     asm volatile("" ::: "memory");  // as in multiply_block
     unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
       unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { asm volatile("" : "+v"(acc[m][p])); });

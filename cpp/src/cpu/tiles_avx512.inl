@@ -17,22 +17,27 @@ struct Span {
   std::int64_t begin, end;
 };
 
-// How far ahead of its loads a tile asks for the first and the second half of each step of weights.
+// Memory that a tile asks for: for every 64 bytes of weights that it reads from `from` on, `pace` bytes from `to` on.
 struct Prefetch {
-  std::int64_t low, high;
+  const std::uint8_t* from;
+  const std::uint8_t* to;
+  std::int64_t pace;
+  const std::uint8_t* at(const std::uint8_t* weights) const { return to + (((weights - from) * pace) >> 6); }
 };
 constexpr std::int64_t kAhead = 8192;
-constexpr Prefetch kPrefetchAll{kAhead, kAhead};
-constexpr std::int64_t kStretch = 17600;  // bytes of weights that several tiles share: two stretches fit into L1
+inline Prefetch prefetch_ahead(const std::uint8_t* weights) { return {weights, weights + kAhead, 64}; }
 
-// Of several tiles over one stretch of weights the first two ask for half of the next one each: asking for all of it in
-// the first tile would fill the line buffers there and leave memory idle in the others. Below 4 bits there is so little
-// to ask for that the first one does it alone.
-inline Prefetch prefetch_share(const Layout& l, std::int64_t tile, std::int64_t tiles, std::int64_t stretch) {
-  if (tiles == 1) return kPrefetchAll;
-  if (l.num_bits < 4) return {tile == 0 ? stretch : 0, tile == 0 ? stretch : 0};
-  return {tile == 0 ? stretch : 0, tile == 1 ? stretch : 0};
+// One of several tiles over `size` bytes of weights asks for its share of the `next` bytes behind them. If the first
+// tile asked for all, it would wait for line buffers and leave memory idle in the others.
+inline Prefetch prefetch_share(const std::uint8_t* weights, std::int64_t size, std::int64_t next, std::int64_t tile,
+                               std::int64_t tiles) {
+  const std::int64_t pace = (64 * next + size * tiles - 1) / (size * tiles);
+  return {weights, weights + size + ((tile * size * pace) >> 6), pace};
 }
+
+// Bytes of weights that several tiles share. Two stretches fit into any L2; those of 8 bits fit into L1, because memory
+// is their limit and reading them from L2 would get in its way.
+constexpr std::int64_t stretch_bytes(int num_bits) { return num_bits == 8 ? 17600 : 68000; }
 
 // Asks for a part of the next panel while this one is multiplied: its first tile would wait for memory otherwise.
 inline void prefetch_part(const std::uint8_t* p, std::int64_t bytes) {
@@ -74,23 +79,29 @@ inline void store_tile(const MatmulArgs& a, std::int64_t panel, std::int64_t m, 
   }
 }
 
-// Few rows: memory is the limit, so all tiles share each stretch of weights while the next one is on its way.
+// Few rows: all tiles share each stretch of weights while the next one is on its way.
 template <class Tile, class Finish>
 inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, std::int64_t tile_rows,
                          Tile&& tile, Finish&& finish) {
   alignas(64) float out[kFewRows * kRows];
   if (groups == 0) std::memset(out, 0, sizeof out);  // no group begins the sums of a weight without inputs
-  const std::int64_t count = rows.end - rows.begin;
-  const std::int64_t tiles = (count + tile_rows - 1) / tile_rows;
-  const std::int64_t group_bytes = groups == 0 ? 1 : a.layout->panel_bytes / groups;
-  const std::int64_t step = tiles == 1 ? groups : group_bytes > kStretch ? 1 : kStretch / group_bytes;
+  const std::int64_t count = rows.end - rows.begin, panel_bytes = a.layout->panel_bytes;
+  const std::int64_t tiles = (count + tile_rows - 1) / tile_rows, most = stretch_bytes(a.layout->num_bits);
+  const std::int64_t stretches = tiles == 1 ? 1 : (panel_bytes + most - 1) / most;
+  const std::int64_t step = (groups + stretches - 1) / stretches;
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    for (std::int64_t g = 0; g < groups; g += step)
+    claim_outputs(a, panel, rows.begin, count);
+    for (std::int64_t g = 0; g < groups; g += step) {
+      const std::int64_t end = min64(groups, g + step);
+      const std::int64_t after = end < groups ? min64(groups, end + step) - end : panel + 1 < panels.end ? step : 0;
+      const std::uint8_t* weights = a.panels + panel * panel_bytes + panel_bytes * g / groups;
+      const std::int64_t size = panel_bytes * (end - g) / groups, next = panel_bytes * after / groups;
       for (std::int64_t m = 0, n = 0, i = 0; m < count; m += n, ++i) {
         n = next_tile(count - m, tile_rows);
-        tile(panel, rows.begin + m, n, Span{g, min64(groups, g + step)},
-             prefetch_share(*a.layout, i, tiles, step * group_bytes), out + m * kRows);
+        const Prefetch prefetch = tiles == 1 ? prefetch_ahead(weights) : prefetch_share(weights, size, next, i, tiles);
+        tile(panel, rows.begin + m, n, Span{g, end}, prefetch, out + m * kRows);
       }
+    }
     finish(panel, rows.begin, count, out);
     store_tile(a, panel, rows.begin, count, out, false);
   }
@@ -114,7 +125,7 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
       prefetch_part(a.panels + (panel + 1) * l.panel_bytes + ahead, bytes);
       ahead += bytes;
       if (!stream) claim_outputs(a, panel, m, n);
-      tile(panel, m, n, Span{0, groups}, kPrefetchAll, out);
+      tile(panel, m, n, Span{0, groups}, prefetch_ahead(a.panels + panel * l.panel_bytes), out);
       finish(panel, m, n, out);
       store_tile(a, panel, m, n, out, stream);
     }
