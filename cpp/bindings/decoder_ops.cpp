@@ -37,7 +37,8 @@ void append(const Memory& k, const Memory& v, const std::vector<Memory>& pages, 
 
 // Runs are (rows, pages) that follow each other.
 void attend(const Memory& q, const std::vector<std::pair<std::int64_t, std::vector<Memory>>>& runs, const Memory& begin,
-            const Memory& end, std::int64_t kv_heads, const std::string& dtype, float scale, const Memory& out) {
+            const Memory& end, std::int64_t kv_heads, const std::string& dtype, float scale, const Memory& out,
+            const std::string& compute) {
   const TensorView queries = view(q);
   const DType type = dtype_from_name(dtype);
   const std::int64_t page_bytes = bytes_of_page(queries, kv_heads, type);
@@ -46,7 +47,8 @@ void attend(const Memory& q, const std::vector<std::pair<std::int64_t, std::vect
   for (const auto& run : runs) pages.push_back(addresses(run.second, page_bytes));
   std::int64_t row = 0;
   for (std::size_t i = 0; i < runs.size(); row += runs[i].first, ++i) views.push_back({row, runs[i].first, pages[i]});
-  attention(queries, views, view(begin), view(end), kv_heads, type, scale, view(out));
+  attention(queries, views, view(begin), view(end), kv_heads, type, scale, view(out),
+            compute_from_name("attention", compute));
 }
 
 }  // namespace

@@ -10,18 +10,18 @@ namespace {
 
 using Release = py::call_guard<py::gil_scoped_release>;
 
-Compute compute_from_name(const std::string& name) {
-  if (name == "int8") return Compute::int8;
-  if (name == "float") return Compute::floating;
-  throw InputError("qmatmul: compute '" + name + "' is not a mode; use 'int8' or 'float'.");
-}
-
 PrepackedInfo make_info(std::int64_t out, std::int64_t in, std::int64_t groups, int num_bits, bool symmetric,
                         const std::string& scale_dtype) {
   return {out, in, groups, num_bits, symmetric, dtype_from_name(scale_dtype)};
 }
 
 }  // namespace
+
+Compute compute_from_name(const std::string& op, const std::string& name) {
+  if (name == "int8") return Compute::int8;
+  if (name == "float") return Compute::floating;
+  throw InputError(op + ": compute '" + name + "' is not a mode; use 'int8' or 'float'.");
+}
 
 void register_ops(py::module_& module) {
   module.def(
@@ -73,7 +73,7 @@ void register_ops(py::module_& module) {
       "qmatmul",
       [](const Memory& x, const Memory& prepacked, const OptionalMemory& bias, const Memory& y,
          const std::string& compute) {
-        qmatmul(view(x), view(prepacked), OptionalView(bias).get(), view(y), compute_from_name(compute));
+        qmatmul(view(x), view(prepacked), OptionalView(bias).get(), view(y), compute_from_name("qmatmul", compute));
       },
       Release());
   module.def(

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "qtale/ops.h"
 #include "qtale/tensor.h"
 
 namespace qtale::bindings {
@@ -17,6 +18,7 @@ using Memory = std::tuple<std::uintptr_t, std::string, std::vector<std::int64_t>
 
 DType dtype_from_name(const std::string& name);
 TensorView view(const Memory& memory);
+Compute compute_from_name(const std::string& op, const std::string& name);
 
 void register_decoder(pybind11::module_& module);
 using OptionalMemory = std::optional<Memory>;

@@ -39,6 +39,7 @@ def attention(
     dtype: str,
     scale: float,
     out: Memory,
+    compute: str,
 ) -> None: ...
 def gptq(
     weight: Memory,

@@ -57,7 +57,7 @@ std::vector<float> Attending::run() const {
   };
   const Cache& cache = *caches.front();
   attention(cube(q, rows(), heads, head_dim), runs, vector(begin), vector(end), cache.kv_heads, cache.dtype, scale,
-            cube(out, rows(), heads, head_dim));
+            cube(out, rows(), heads, head_dim), compute);
   return out;
 }
 
@@ -89,7 +89,9 @@ double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int
     }
   }
   const double entries = static_cast<double>(std::max<std::int64_t>(0, end - begin));
-  const double bound = 0x1p-24 * (static_cast<double>(a.head_dim) + entries + 64) * largest * (1 + 2 * reach);
+  const double rounding = a.compute == Compute::int8 ? 0x1p-8 * (1.25 + 1.125 * reach) : 0.0;
+  const double bound =
+      largest * (0x1p-24 * (static_cast<double>(a.head_dim) + entries + 64) * (1 + 2 * reach) + rounding);
   double worst = 0.0;
   for (std::int64_t d = 0; d < a.head_dim; ++d) {
     const double error = std::fabs(out[d] - exact[d]);

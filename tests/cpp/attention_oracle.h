@@ -37,6 +37,7 @@ struct Attending {
   std::vector<std::int32_t> begin, end;
   std::vector<AttentionRun> runs;
   std::vector<const Cache*> caches;  // of each run
+  Compute compute = Compute::floating;
 
   std::int64_t rows() const { return static_cast<std::int64_t>(begin.size()); }
   // Rows that see the entries [begin, end) of a cache; both move on by `step` with every row.

@@ -20,6 +20,7 @@ from pathlib import Path
 OBJECTS = (
     "decoder_avx2.cpp",
     "decoder_avx512.cpp",
+    "decoder_avx512_bf16.cpp",
     "kernels_avx2.cpp",
     "kernels_avx512.cpp",
     "kernels_avx512_bf16.cpp",

@@ -1,5 +1,5 @@
-// Attention on every instruction set against float64: shapes, windows, ragged runs, both caches; what a row may not
-// depend on; refusals.
+// Attention on every instruction set against float64: shapes, windows, ragged runs, both caches and modes; what a row
+// may not depend on; refusals.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -28,10 +28,14 @@ const Case kCases[] = {
     {2, 1, 2, 4, 20, 0},
 };
 
-std::string text(const Case& c, DType dtype, const std::string& isa) {
-  return isa + " " + std::string(name_of(dtype)) + ": " + std::to_string(c.heads) + "/" + std::to_string(c.kv_heads) +
-         " heads of " + std::to_string(c.head_dim) + ", " + std::to_string(c.rows) + " rows at " +
-         std::to_string(c.entries) + ", window " + std::to_string(c.window);
+constexpr Compute kComputes[] = {Compute::floating, Compute::int8};
+
+std::string name_of(Compute compute) { return compute == Compute::int8 ? "int8" : "float"; }
+
+std::string text(const Case& c, DType dtype, Compute compute, const std::string& isa) {
+  return isa + " " + name_of(compute) + " " + std::string(name_of(dtype)) + ": " + std::to_string(c.heads) + "/" +
+         std::to_string(c.kv_heads) + " heads of " + std::to_string(c.head_dim) + ", " + std::to_string(c.rows) +
+         " rows at " + std::to_string(c.entries) + ", window " + std::to_string(c.window);
 }
 
 std::int64_t differences(const float* a, const float* b, std::int64_t count) {
@@ -52,8 +56,11 @@ TEST_CASE("attention: the exact result within its bound, for all tiers, caches a
       add_causal(a, random, cache, c.rows, c.window);
       for (const std::string& isa : cpu_isas()) {
         const IsaScope scope(isa);
-        INFO(text(c, dtype, isa));
-        CHECK(worst_share(a, a.run()) <= 1.0);
+        for (const Compute compute : kComputes) {
+          a.compute = compute;
+          INFO(text(c, dtype, compute, isa));
+          CHECK(worst_share(a, a.run()) <= 1.0);
+        }
       }
     }
   }
@@ -68,10 +75,30 @@ TEST_CASE("attention: scores that are large, equal or far apart") {
     add_causal(a, random, cache, 20, 0);
     for (const std::string& isa : cpu_isas()) {
       const IsaScope scope(isa);
-      INFO(isa << ", sigma " << sigma);
-      CHECK(worst_share(a, a.run()) <= 1.0);
+      for (const Compute compute : kComputes) {
+        a.compute = compute;
+        INFO(isa << " " << name_of(compute) << ", sigma " << sigma);
+        CHECK(worst_share(a, a.run()) <= 1.0);
+      }
     }
   }
+}
+
+// Rows of a batch whose bits differ when they attend alone.
+std::int64_t different_alone(const Attending& batch, const std::vector<float>& expected) {
+  const std::int64_t size = batch.heads * batch.head_dim;
+  std::int64_t different = 0;
+  for (const AttentionRun& run : batch.runs) {
+    for (std::int64_t row = run.row; row < run.row + run.rows; ++row) {
+      Attending single = batch;
+      single.runs = {{0, 1, run.pages}};
+      single.q.assign(batch.q.begin() + row * size, batch.q.begin() + (row + 1) * size);
+      single.begin = {batch.begin[row]};
+      single.end = {batch.end[row]};
+      different += differences(single.run().data(), expected.data() + row * size, size) != 0;
+    }
+  }
+  return different;
 }
 
 TEST_CASE("attention: a row has the same bits alone, in any run, in any batch and on any number of threads",
@@ -89,29 +116,37 @@ TEST_CASE("attention: a row has the same bits alone, in any run, in any batch an
     batch.add(random, second, 3, 5, 5, 0);
     for (const std::string& isa : cpu_isas()) {
       const IsaScope scope(isa);
-      INFO(isa << " " << name_of(dtype));
-      std::vector<float> expected;
-      {
-        const ThreadScope one(1);
-        expected = batch.run();
-      }
-      const ThreadScope threads(3);
-      const std::vector<float> again = batch.run();
-      CHECK(differences(expected.data(), again.data(), static_cast<std::int64_t>(expected.size())) == 0);
-      std::int64_t different = 0;
-      for (std::size_t i = 0; i < batch.runs.size(); ++i) {
-        for (std::int64_t row = batch.runs[i].row; row < batch.runs[i].row + batch.runs[i].rows; ++row) {
-          Attending single = batch;
-          single.runs = {{0, 1, batch.runs[i].pages}};
-          const auto at = row * kHeads * kDim;
-          single.q.assign(batch.q.begin() + at, batch.q.begin() + at + kHeads * kDim);
-          single.begin = {batch.begin[row]};
-          single.end = {batch.end[row]};
-          different += differences(single.run().data(), expected.data() + at, kHeads * kDim);
+      for (const Compute compute : kComputes) {
+        batch.compute = compute;
+        INFO(isa << " " << name_of(compute) << " " << name_of(dtype));
+        std::vector<float> expected;
+        {
+          const ThreadScope one(1);
+          expected = batch.run();
         }
+        const ThreadScope threads(3);
+        const std::vector<float> again = batch.run();
+        CHECK(differences(expected.data(), again.data(), static_cast<std::int64_t>(expected.size())) == 0);
+        CHECK(different_alone(batch, expected) == 0);
       }
-      CHECK(different == 0);
     }
+  }
+}
+
+TEST_CASE("attention: int8 is the float32 attention but with AVX-512 BF16") {
+  Random random(18);
+  Cache cache(150, 2, 64, DType::f16);
+  cache.fill(random);
+  Attending a{4, 64, 0.125f, {}, {}, {}, {}, {}};
+  add_causal(a, random, cache, 40, 0);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    INFO(isa);
+    a.compute = Compute::floating;
+    const auto exact = a.run();
+    a.compute = Compute::int8;
+    const bool same = differences(exact.data(), a.run().data(), static_cast<std::int64_t>(exact.size())) == 0;
+    CHECK(same == (isa != "avx512_bf16"));
   }
 }
 
@@ -145,19 +180,26 @@ TEST_CASE("attention: what a row does not see cannot reach it, be it infinite") 
     cache.fill(random);
     for (const std::string& isa : cpu_isas()) {
       const IsaScope scope(isa);
-      INFO(isa << " " << name_of(dtype));
-      Attending a{2, kDim, 0.125f, {}, {}, {}, {}, {}};
-      add_causal(a, random, cache, kRows, 0);
-      const auto before = a.run();
-      Cache spoilt = cache;
-      spoilt.pages.clear();
-      for (auto& page : spoilt.memory) spoilt.pages.push_back(page.data());
-      const std::vector<float> bad(kDim, std::numeric_limits<float>::infinity());
-      spoilt.append(bad, bad, 67);
-      a.runs[0].pages = spoilt.pages;
-      const auto after = a.run();
-      CHECK(differences(before.data(), after.data(), 67 * 2 * kDim) == 0);
-      CHECK(std::isnan(after[67 * 2 * kDim]));
+      for (const Compute compute : kComputes) {
+        for (const std::int64_t entry : {66, 67}) {
+          INFO(isa << " " << name_of(compute) << " " << name_of(dtype) << ", entry " << entry);
+          Attending a{2, kDim, 0.125f, {}, {}, {}, {}, {}};
+          a.compute = compute;
+          add_causal(a, random, cache, kRows, 0);
+          a.add(random, cache, 1, entry + 1, kRows, 0);  // sees what comes after it
+          const auto before = a.run();
+          Cache spoilt = cache;
+          spoilt.pages.clear();
+          for (auto& page : spoilt.memory) spoilt.pages.push_back(page.data());
+          const std::vector<float> bad(kDim, std::numeric_limits<float>::infinity());
+          spoilt.append(bad, bad, entry);
+          for (AttentionRun& run : a.runs) run.pages = spoilt.pages;
+          const auto after = a.run();
+          CHECK(differences(before.data(), after.data(), entry * 2 * kDim) == 0);
+          CHECK(std::isnan(after[entry * 2 * kDim]));
+          CHECK(differences(before.data() + kRows * 2 * kDim, after.data() + kRows * 2 * kDim, 2 * kDim) == 0);
+        }
+      }
     }
   }
 }

@@ -57,6 +57,22 @@ TEST_CASE("chunks, single tokens and batches give the bits of one call", "[decod
   }
 }
 
+TEST_CASE("layers of dense matrices round nothing, whatever the mode", "[decoder]") {
+  const TinyDecoder dense({.packed = false}), packed({.packed = true});
+  const auto tokens = random_tokens(31, 40);
+  const auto differ = [&](const DecoderSpec& given) {
+    DecoderSpec spec = given;
+    spec.compute = Compute::int8;
+    Decoder fast(spec);
+    spec.compute = Compute::floating;
+    Decoder exact(spec);
+    const Logits logits = run_alone(fast, tokens);
+    return different_rows(logits, 0, run_alone(exact, tokens), 0, logits.rows);
+  };
+  CHECK(differ(dense.spec()) == 0);
+  CHECK(differ(packed.spec()) > 0);
+}
+
 TEST_CASE("branches take over what their parent holds", "[decoder]") {
   for (const auto& options : all_options()) {
     CAPTURE(options.seed);

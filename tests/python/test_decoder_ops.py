@@ -39,8 +39,9 @@ def pages_of(count: int, kv_heads: int, head_dim: int, dtype: str) -> list[np.nd
     return [np.zeros(_core.kv_page_bytes(kv_heads, head_dim, dtype), np.uint8) for _ in range(count)]
 
 
+@pytest.mark.parametrize(("compute", "atol"), [("float", 1e-5), ("int8", 0.02)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_attention_is_that_of_torch(dtype: str) -> None:
+def test_attention_is_that_of_torch(dtype: str, compute: str, atol: float) -> None:
     heads, kv_heads, head_dim, entries = 6, 2, 32, 50
     k, v = (torch.randn(entries, kv_heads, head_dim) for _ in range(2))
     q = torch.randn(entries, heads, head_dim)
@@ -51,10 +52,10 @@ def test_attention_is_that_of_torch(dtype: str) -> None:
     begin, end = torch.zeros(entries, dtype=torch.int32), torch.arange(1, entries + 1, dtype=torch.int32)
     out = torch.empty_like(q)
     runs = [(30, views), (20, views)]
-    _core.attention(memory(q), runs, memory(begin), memory(end), kv_heads, dtype, head_dim**-0.5, memory(out))
+    _core.attention(memory(q), runs, memory(begin), memory(end), kv_heads, dtype, head_dim**-0.5, memory(out), compute)
     stored = [x.to(getattr(torch, dtype)).float().transpose(0, 1).repeat_interleave(3, dim=0) for x in (k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *stored, is_causal=True)
-    torch.testing.assert_close(out, expected.transpose(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected.transpose(0, 1), rtol=1e-4, atol=atol)
 
 
 def test_pages_of_another_size_are_refused() -> None:

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "qtale/ops.h"
 #include "qtale/tensor.h"
 
 namespace qtale {
@@ -63,8 +64,11 @@ struct AttentionRun {
 //   q and out [rows, heads, head_dim] f32, rows may be apart; begin and end [rows] s32, neither falls within a run.
 //   Runs ascend and do not overlap; rows of no run stay as they are. head_dim is even, up to 256.
 //   Sums are float32: |out - exact| <= 2^-24 * (head_dim + entries + 64) * max |v| * (1 + 2 * max scale * |q| . |k|).
+//   Compute::int8 may round queries, keys, weights and values to bfloat16 where it multiplies them, and does with
+//   AVX-512 BF16, for any number of rows; then 2^-8 * max |v| * (5/4 + 9/8 * max scale * |q| . |k|) comes on top.
+//   Compute::floating never does.
 //   A row of out depends on its row of q and its entries alone, bit for bit.
 void attention(const TensorView& q, std::span<const AttentionRun> runs, const TensorView& begin, const TensorView& end,
-               std::int64_t kv_heads, DType dtype, float scale, const TensorView& out);
+               std::int64_t kv_heads, DType dtype, float scale, const TensorView& out, Compute compute);
 
 }  // namespace qtale

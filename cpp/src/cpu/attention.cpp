@@ -33,10 +33,15 @@ Item make_item(const AttentionArgs& args, const AttentionBlock& block) {
   return item;
 }
 
+const AttentionKernel& kernel_for(Compute compute) {
+  const DecoderKernels& table = *kernels().decoder;
+  return compute == Compute::int8 ? table.int8_attention : table.attention;
+}
+
 class Attention {
  public:
   Attention(const AttentionArgs& args, std::span<const AttentionRun> runs, std::int64_t kv_heads)
-      : args_(args), kernel_(kernels().decoder->attention) {
+      : args_(args), kernel_(kernel_for(args.compute)) {
     const std::int64_t block_rows = std::max<std::int64_t>(1, kernel_.queries / args.group);
     for (const AttentionRun& run : runs) {
       // Late rows see most: they come first, so that no thread is left alone with them.
@@ -75,6 +80,7 @@ class Attention {
     return memory.reserve(states * state_bytes_ + kernel_.scratch_bytes(args_, queries_));
   }
 
+  // The scratch is prepared for the item.
   void run_span(const Item& item, std::int64_t span, std::byte* scratch, std::byte* state) const {
     const std::int64_t begin = (item.first_span() + span) * kAttentionSpan;
     kernel_.run(args_, item.block, std::max(item.begin, begin), std::min(item.end, begin + kAttentionSpan), scratch,
@@ -84,9 +90,11 @@ class Attention {
   void run_item(const Item& item) const {
     std::byte* const state = scratch(2);
     std::byte* const later = state + state_bytes_;
-    run_span(item, 0, later + state_bytes_, state);
+    std::byte* const rest = later + state_bytes_;
+    kernel_.prepare(args_, item.block, rest);
+    run_span(item, 0, rest, state);
     for (std::int64_t span = 1; span < item.spans(); ++span) {
-      run_span(item, span, later + state_bytes_, later);
+      run_span(item, span, rest, later);
       kernel_.merge(args_, item.block, state, later);
     }
     kernel_.finish(args_, item.block, state);
@@ -111,7 +119,9 @@ class Attention {
     parallel_for(count, grain(count), [&](std::int64_t begin, std::int64_t end) {
       for (; begin < end; ++begin) {
         const Task& task = tasks[static_cast<std::size_t>(begin)];
-        run_span(*task.item, task.span, scratch(0), state(begin));
+        std::byte* const own = scratch(0);
+        kernel_.prepare(args_, task.item->block, own);
+        run_span(*task.item, task.span, own, state(begin));
       }
     });
     for (std::size_t i = 0; i < items_.size(); ++i) {

@@ -1,38 +1,26 @@
-// Attention of a block of queries over one span of the cache. Chunks of entries begin at multiples of kChunk, whoever
-// asks, so a query meets the same sums in the same order alone, in a tile and in a batch.
+// Attention of a block of queries over one span of the cache, in float32.
 #pragma once
 
-#include "cpu/attention_workspace.inl"
+#include "cpu/attention_block.inl"
 
 namespace qtale::cpu::attending {
 namespace {
 
-constexpr std::int64_t kQueries = 192;    // of a block: so many share the conversion of a chunk
 constexpr std::int64_t kFewQueries = 12;  // read the pages as they are
 
-// E is the type of the cache.
 template <class E, int TileRows, int TileVecs>
-class Span {
+class Span : BlockSpan<E> {
+  using Base = BlockSpan<E>;
+
  public:
   Span(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, std::int64_t end, std::byte* scratch,
        std::byte* state)
-      : a_(a),
-        b_(b),
-        begin_(begin),
-        end_(end),
-        count_(b.rows * a.group),
-        w_(scratch, count_, a.head_dim),
-        state_(state, count_, a.head_dim) {}
+      : Base(a, b, begin, end, Workspace(scratch, b.rows * a.group, a.head_dim).ranges, state),
+        w_(scratch, count_, a.head_dim) {}
 
   void run() {
     state_.clear(count_);
     if (begin_ >= end_) return;
-    pack_queries();
-    for (std::int64_t r = b_.row; r < b_.row + b_.rows; ++r) {
-      shared_begin_ = a_.begin[r] > shared_begin_ ? a_.begin[r] : shared_begin_;
-      shared_end_ = min64(shared_end_, a_.end[r]);
-      if (a_.begin[r] < a_.end[r] && a_.end[r] > last_) last_ = a_.end[r];
-    }
     const bool whole = a_.head_dim % kWidth == 0;
     for (std::int64_t at = begin_ / kChunk * kChunk; at < end_; at += kChunk) {
       set_ranges(at);
@@ -51,38 +39,6 @@ class Span {
   static constexpr int kHalf = TileVecs > 1 ? TileVecs / 2 : 1;
   static constexpr int kWide = 2 * TileVecs < kVecs ? 2 * TileVecs : kVecs;
   static constexpr int kFewRows = TileRows / 2;
-
-  // Keys of a page; pages without entries of the span are replaced by one that has some.
-  const typename E::T* page(std::int64_t entry) const {
-    const std::int64_t wanted = entry / kPageTokens, first = begin_ / kPageTokens, last = (end_ - 1) / kPageTokens;
-    const std::int64_t kept = wanted < first ? first : wanted > last ? last : wanted;
-    return static_cast<const typename E::T*>(b_.pages[kept]) + b_.kv_head * kv_head_elements(a_.head_dim);
-  }
-
-  void pack_queries() const {
-    const float factor = a_.scale * 1.44269504f;
-    for (std::int64_t i = 0; i < count_; ++i) {
-      const float* from = heads_at(a_.q, a_, b_, i);
-      float* to = w_.queries + i * kQueryStride;
-      prefetch_head(heads_at(a_.q, a_, b_, min64(i + kHeadsAhead, count_ - 1)), a_.head_dim);
-      for (std::int64_t d = 0; d < a_.head_dim; ++d) to[d] = from[d] * factor;
-    }
-  }
-
-  // What each query sees of the chunk at an entry; most chunks are seen by all queries whole.
-  void set_ranges(std::int64_t at) {
-    const bool whole = shared_begin_ <= at && at + kChunk <= shared_end_;
-    if (whole && whole_) return;
-    whole_ = whole;
-    const auto within = [&](std::int64_t entry) {
-      return static_cast<std::int32_t>(entry < at ? 0 : entry > at + kChunk ? kChunk : entry - at);
-    };
-    for (std::int64_t r = 0; r < b_.rows; ++r) {
-      const std::int64_t begin = a_.begin[b_.row + r], end = a_.end[b_.row + r];
-      const Range range = begin < end ? Range{within(begin), within(end)} : Range{0, 0};
-      for (std::int64_t g = 0; g < a_.group; ++g) w_.ranges[r * a_.group + g] = range;
-    }
-  }
 
   Chunk<E> in_place(std::int64_t at) const {
     Chunk<E> chunk;
@@ -141,20 +97,15 @@ class Span {
       if (t > 0) weigh_tile(first(t - 1), first(t));
     }
     weigh_tile(first(tiles - 1), count_);
-    for (std::int64_t t = 0; t < tiles; ++t) add_values(chunk, first(t), first(t + 1), t < 2);
-  }
-
-  std::int32_t most_seen(std::int64_t begin, std::int64_t end) const {
-    if (whole_) return kChunk;
-    std::int32_t seen = 0;
-    for (std::int64_t i = begin; i < end; ++i) seen = w_.ranges[i].end > seen ? w_.ranges[i].end : seen;
-    return seen;
+    for (std::int64_t t = 0; t < tiles; ++t)
+      by_range(first(t), first(t + 1), [&](std::int64_t begin, std::int64_t end, const Range& range) {
+        add_values(chunk, begin, end, range, t < 2);
+      });
   }
 
   template <class C>
   void score(const Chunk<C>& chunk, std::int64_t begin, std::int64_t end, bool asks) {
-    const std::int32_t seen = most_seen(begin, end);
-    const int vecs = static_cast<int>((seen + kWidth - 1) / kWidth);
+    const int vecs = vectors_seen(begin, end);
     const std::int64_t depth = a_.head_dim;
     const float* const queries = w_.queries + begin * kQueryStride;
     float* const weights = w_.weights + begin * kChunk;
@@ -176,23 +127,9 @@ class Span {
   }
 
   void weigh_tile(std::int64_t begin, std::int64_t end) const {
-    if (most_seen(begin, end) > 0)
-      weigh(w_.weights + begin * kChunk, static_cast<int>(end - begin), w_.ranges + begin, state_.tops + begin,
+    if (vectors_seen(begin, end) > 0)
+      weigh(w_.weights + begin * kChunk, static_cast<int>(end - begin), ranges_ + begin, state_.tops + begin,
             state_.totals + begin * kWidth, w_.factors + begin);
-  }
-
-  // Queries that see different entries of a chunk take turns: what one does not see must not meet it, even with weight
-  // zero, because it could be infinite.
-  template <class C>
-  void add_values(const Chunk<C>& chunk, std::int64_t begin, std::int64_t end, bool asks) {
-    if (whole_) return add_values(chunk, begin, end, {0, kChunk}, asks);
-    while (begin < end) {
-      const Range range = w_.ranges[begin];
-      std::int64_t stop = begin + 1;
-      while (stop < end && w_.ranges[stop] == range) ++stop;
-      if (range.begin < range.end) add_values(chunk, begin, stop, range, asks);
-      begin = stop;
-    }
   }
 
   template <class C>
@@ -220,25 +157,28 @@ class Span {
     }
   }
 
-  const AttentionArgs& a_;
-  const AttentionBlock& b_;
-  std::int64_t begin_, end_;  // entries
-  std::int64_t count_;        // queries
+  using Base::a_, Base::b_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_, Base::whole_,
+      Base::last_;
+  using Base::by_range, Base::page, Base::set_ranges, Base::vectors_seen;
+
   Workspace w_;
-  State state_;
-  std::int64_t shared_begin_ = 0;  // entries that all queries see
-  std::int64_t shared_end_ = INT64_MAX;
-  bool whole_ = false;      // whether all queries see all of the chunk
-  std::int64_t last_ = 0;   // entry after all that are seen, be it in later spans
   std::int64_t next_ = 0;   // entry where the next chunk begins
   std::int64_t ahead_ = 0;  // bytes of it that were asked for
 };
 
-inline std::size_t state_bytes(const AttentionArgs& a, std::int64_t queries) {
-  return State::bytes(queries, a.head_dim);
-}
 inline std::size_t scratch_bytes(const AttentionArgs& a, std::int64_t queries) {
   return Workspace::bytes(queries, a.head_dim);
+}
+
+inline void prepare(const AttentionArgs& a, const AttentionBlock& b, std::byte* scratch) {
+  const std::int64_t count = b.rows * a.group;
+  float* to = Workspace(scratch, count, a.head_dim).queries;
+  const float factor = a.scale * 1.44269504f;
+  for (std::int64_t i = 0; i < count; ++i, to += kQueryStride) {
+    const float* from = heads_at(a.q, a, b, i);
+    prefetch_head(heads_at(a.q, a, b, min64(i + kHeadsAhead, count - 1)), a.head_dim);
+    for (std::int64_t d = 0; d < a.head_dim; ++d) to[d] = from[d] * factor;
+  }
 }
 
 template <int TileRows, int TileVecs>
@@ -248,33 +188,9 @@ void run(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, st
   Span<F32, TileRows, TileVecs>(a, b, begin, end, scratch, state).run();
 }
 
-inline void merge(const AttentionArgs& a, const AttentionBlock& b, std::byte* state, const std::byte* later) {
-  const std::int64_t queries = b.rows * a.group;
-  merge_states({state, queries, a.head_dim}, {const_cast<std::byte*>(later), queries, a.head_dim}, queries);
-}
-
-// Adding 0 turns -0 into 0: whether a tile met entries of weight zero must not show.
-inline void finish(const AttentionArgs& a, const AttentionBlock& b, const std::byte* state) {
-  const State s(const_cast<std::byte*>(state), b.rows * a.group, a.head_dim);
-  for (std::int64_t i = 0; i < b.rows * a.group; ++i) {
-    const float total = reduce_add(load_f32(s.totals + i * kWidth));
-    const VecF factor = set1(total == 0.0f ? 0.0f : 1.0f / total);
-    float* out = heads_at(a.out, a, b, i);
-    prefetch_head(heads_at(a.out, a, b, min64(i + kHeadsAhead, b.rows * a.group - 1)), a.head_dim);
-    for (std::int64_t d = 0; d < a.head_dim; d += kWidth) {
-      const VecF value = add(mul(load_f32(s.sums + i * s.stride + d), factor), set1(0.0f));
-      if (d + kWidth <= a.head_dim) {
-        store_f32(out + d, value);
-      } else {
-        store_part<F32>(out + d, value, a.head_dim - d);
-      }
-    }
-  }
-}
-
 template <int TileRows, int TileVecs>
 constexpr AttentionKernel kernel = {
-    kQueries, state_bytes, scratch_bytes, run<TileRows, TileVecs>, merge, finish,
+    kQueries, state_bytes, scratch_bytes, prepare, run<TileRows, TileVecs>, merge, finish,
 };
 
 }  // namespace

@@ -84,6 +84,7 @@ struct AttentionArgs {
   std::int64_t head_dim;
   DType dtype;
   float scale;
+  Compute compute;
 };
 
 // Consecutive rows of q with the heads of one group. Query i of a block is head i % group of its row i / group.
@@ -102,6 +103,8 @@ struct AttentionKernel {
   std::int64_t queries;  // of the blocks it likes best
   std::size_t (*state_bytes)(const AttentionArgs&, std::int64_t queries);
   std::size_t (*scratch_bytes)(const AttentionArgs&, std::int64_t queries);
+  // Fills the scratch with what is of the block alone; any number of runs may follow.
+  void (*prepare)(const AttentionArgs&, const AttentionBlock&, std::byte* scratch);
   // State of the block after the entries [begin, end) of one span alone.
   void (*run)(const AttentionArgs&, const AttentionBlock&, std::int64_t begin, std::int64_t end, std::byte* scratch,
               std::byte* state);
@@ -119,6 +122,7 @@ struct DecoderKernels {
   ExpSum (*exp_sum)(const float* x, std::int64_t n);
   void (*kv_append)(const AppendArgs&, std::int64_t begin, std::int64_t end);
   AttentionKernel attention;
+  AttentionKernel int8_attention;  // that of Compute::int8
 };
 
 // Scalar: the specification of the others.
@@ -127,6 +131,7 @@ extern const DecoderKernels generic_decoder_table;
 #ifdef QTALE_X86
 extern const DecoderKernels avx2_decoder_table;
 extern const DecoderKernels avx512_decoder_table;
+extern const AttentionKernel avx512_bf16_attention_table;  // of Compute::int8 where the CPU has BF16
 #endif
 
 // Elements from one KV head to the next within a page; keys come first, then as many values.

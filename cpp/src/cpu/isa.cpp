@@ -13,10 +13,16 @@ namespace {
 
 #ifdef QTALE_X86
 const KernelTable& avx512_bf16_table() {
+  static const DecoderKernels decoder = [] {
+    DecoderKernels same = avx512_decoder_table;
+    same.int8_attention = avx512_bf16_attention_table;
+    return same;
+  }();
   static const KernelTable table = [] {
     KernelTable same = avx512_table;
     same.name = "avx512_bf16";
     same.floating = avx512_bf16_float_table;
+    same.decoder = &decoder;
     return same;
   }();
   return table;

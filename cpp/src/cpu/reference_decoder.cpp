@@ -118,6 +118,7 @@ void attend(const AttentionArgs& a, const AttentionBlock& b, std::int64_t row, s
 
 // All of it happens at the end, without states.
 std::size_t nothing(const AttentionArgs&, std::int64_t) { return 0; }
+void no_prepare(const AttentionArgs&, const AttentionBlock&, std::byte*) {}
 void no_run(const AttentionArgs&, const AttentionBlock&, std::int64_t, std::int64_t, std::byte*, std::byte*) {}
 void no_merge(const AttentionArgs&, const AttentionBlock&, std::byte*, const std::byte*) {}
 void finish(const AttentionArgs& a, const AttentionBlock& b, const std::byte*) {
@@ -125,10 +126,12 @@ void finish(const AttentionArgs& a, const AttentionBlock& b, const std::byte*) {
     attend(a, b, b.row + i / a.group, b.kv_head * a.group + i % a.group);
 }
 
+constexpr AttentionKernel kAttention = {64, nothing, nothing, no_prepare, no_run, no_merge, finish};
+
 }  // namespace
 
 const DecoderKernels reference_decoder_table = {
-    rms_norm_rows, rope_rows, silu_mul_rows, exp_sum_of, append_units, {64, nothing, nothing, no_run, no_merge, finish},
+    rms_norm_rows, rope_rows, silu_mul_rows, exp_sum_of, append_units, kAttention, kAttention,
 };
 
 }  // namespace qtale::cpu

@@ -99,6 +99,12 @@ class Block {
     }
   }
 
+  // Attention may round what it multiplies where the layer rounds what goes in and what comes out anyway.
+  Compute attention_compute() const {
+    const bool rounded = is_packed(in_.layer.qkv) && is_packed(in_.layer.o);
+    return rounded ? spec_.compute : Compute::floating;
+  }
+
   // Attention of the wanted rows, which are rows of qkv as `cached` lists them.
   TensorView attend(const TensorView& qkv, Rows cached) {
     const TensorView q = wanted_queries(qkv, cached);
@@ -121,7 +127,7 @@ class Block {
     }
     const TensorView out = memory_.matrix(Buffer::attention, rows, queries());
     attention(heads_of(q, spec_.head_dim), runs, indices_of(begins), indices_of(ends), spec_.num_kv_heads,
-              spec_.kv_dtype, spec_.attention_scale, heads_of(out, spec_.head_dim));
+              spec_.kv_dtype, spec_.attention_scale, heads_of(out, spec_.head_dim), attention_compute());
     return out;
   }
 

@@ -1,5 +1,7 @@
 #include "engine/projection.h"
 
+#include <algorithm>
+
 #include "engine/workspace.h"
 #include "qtale/decoder_ops.h"
 
@@ -9,6 +11,10 @@ namespace {
 bool is_packed(const Matrix& matrix) { return matrix.weight.dtype == DType::u8; }
 
 }  // namespace
+
+bool is_packed(const Projection& projection) {
+  return std::all_of(projection.begin(), projection.end(), [](const Matrix& matrix) { return is_packed(matrix); });
+}
 
 std::int64_t out_features(const Matrix& matrix) {
   return is_packed(matrix) ? prepacked_info(matrix.weight).out_features : matrix.weight.shape[0];

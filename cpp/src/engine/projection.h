@@ -7,6 +7,7 @@
 
 namespace qtale::engine {
 
+bool is_packed(const Projection& projection);  // all of its matrices
 std::int64_t out_features(const Matrix& matrix);
 std::int64_t out_features(const Projection& projection);
 std::int64_t in_features(const Matrix& matrix);

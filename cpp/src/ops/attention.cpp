@@ -74,7 +74,7 @@ void kv_append(const TensorView& k, const TensorView& v, std::span<void* const> 
 }
 
 void attention(const TensorView& q, std::span<const AttentionRun> runs, const TensorView& begin, const TensorView& end,
-               std::int64_t kv_heads, DType dtype, float scale, const TensorView& out) {
+               std::int64_t kv_heads, DType dtype, float scale, const TensorView& out, Compute compute) {
   constexpr auto op = "attention";
   ops::check_heads(op, "q", q, 3);
   ops::check_heads(op, "out", out, 3);
@@ -99,7 +99,8 @@ void attention(const TensorView& q, std::span<const AttentionRun> runs, const Te
                   heads / kv_heads,
                   head_dim,
                   dtype,
-                  scale},
+                  scale,
+                  compute},
                  runs, kv_heads);
 }
 
