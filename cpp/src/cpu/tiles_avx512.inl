@@ -39,11 +39,6 @@ inline Prefetch prefetch_share(const std::uint8_t* weights, std::int64_t size, s
 // is their limit and reading them from L2 would get in its way.
 constexpr std::int64_t stretch_bytes(int num_bits) { return num_bits == 8 ? 17600 : 68000; }
 
-// Asks for a part of the next panel while this one is multiplied: its first tile would wait for memory otherwise.
-inline void prefetch_part(const std::uint8_t* p, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T1);
-}
-
 // Large float32 results bypass the caches: lines of y would be read from memory only to be overwritten.
 inline bool streams(const RowsOut& y, std::int64_t rows, std::int64_t n) {
   constexpr std::int64_t kLarge = std::int64_t{8} << 20;
@@ -116,16 +111,13 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
   if (groups == 0) std::memset(out, 0, sizeof out);
   const std::int64_t tiles = (rows.end - rows.begin + tile_rows - 1) / tile_rows;
   const bool stream = streams(a.y, a.rows, l.n);
-  const std::int64_t part = (l.panel_bytes / tiles + 63) / 64 * 64;
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    std::int64_t ahead = panel + 1 < l.panels ? 0 : l.panel_bytes;
-    for (std::int64_t m = rows.begin, n = 0; m < rows.end; m += n) {
+    const std::uint8_t* weights = a.panels + panel * l.panel_bytes;
+    const std::int64_t next = panel + 1 < panels.end ? l.panel_bytes : 0;
+    for (std::int64_t m = rows.begin, n = 0, i = 0; m < rows.end; m += n, ++i) {
       n = next_tile(rows.end - m, tile_rows);
-      const std::int64_t bytes = min64(part, l.panel_bytes - ahead);
-      prefetch_part(a.panels + (panel + 1) * l.panel_bytes + ahead, bytes);
-      ahead += bytes;
       if (!stream) claim_outputs(a, panel, m, n);
-      tile(panel, m, n, Span{0, groups}, prefetch_ahead(a.panels + panel * l.panel_bytes), out);
+      tile(panel, m, n, Span{0, groups}, prefetch_share(weights, l.panel_bytes, next, i, tiles), out);
       finish(panel, m, n, out);
       store_tile(a, panel, m, n, out, stream);
     }
