@@ -103,13 +103,15 @@ std::int64_t different_alone(const Attending& batch, const std::vector<float>& e
 
 TEST_CASE("attention: a row has the same bits alone, in any run, in any batch and on any number of threads",
           "[threads]") {
-  constexpr std::int64_t kRows = 45, kHeads = 6, kDim = 64;
-  for (const DType dtype : {DType::f16, DType::f32}) {
+  constexpr std::int64_t kRows = 45, kHeads = 6;
+  const std::pair<DType, std::int64_t> kinds[] = {
+      {DType::f16, 64}, {DType::f32, 64}, {DType::f16, 112}, {DType::f32, 112}, {DType::f16, 20}};
+  for (const auto& [dtype, dim] : kinds) {
     Random random(13);
-    Cache first(1200, 2, kDim, dtype), second(77, 2, kDim, dtype);
+    Cache first(1200, 2, dim, dtype), second(77, 2, dim, dtype);
     first.fill(random);
     second.fill(random);
-    Attending batch{kHeads, kDim, 0.125f, {}, {}, {}, {}, {}};
+    Attending batch{kHeads, dim, 0.125f, {}, {}, {}, {}, {}};
     add_causal(batch, random, first, kRows, 0);
     batch.add(random, second, 1, 0, 77, 0);
     add_causal(batch, random, first, kRows, 650);
@@ -118,7 +120,7 @@ TEST_CASE("attention: a row has the same bits alone, in any run, in any batch an
       const IsaScope scope(isa);
       for (const Compute compute : kComputes) {
         batch.compute = compute;
-        INFO(isa << " " << name_of(compute) << " " << name_of(dtype));
+        INFO(isa << " " << name_of(compute) << " " << name_of(dtype) << ", heads of " << dim);
         std::vector<float> expected;
         {
           const ThreadScope one(1);

@@ -52,8 +52,13 @@ class RoundedSpan : BlockSpan<E> {
     if (begin_ >= end_) return;
     for (std::int64_t at = begin_ / kChunk * kChunk; at < end_; at += kChunk) {
       set_ranges(at);
-      convert(at);
-      run_chunk();
+      at_ = at;
+      if (direct_) {
+        run_direct();
+      } else {
+        convert(at);
+        run_chunk();
+      }
     }
   }
 
@@ -70,6 +75,19 @@ class RoundedSpan : BlockSpan<E> {
       pair_values<E>(from + kPageTokens * depth, next + kPageTokens * depth, depth, state_.stride,
                      w_.values + p * kPageTokens * state_.stride);
     }
+  }
+
+  void run_direct() const {
+    const typename E::T *keys[kVecs], *next[kVecs];
+    for (int p = 0; p < kVecs; ++p) {
+      keys[p] = page(at_ + p * kWidth);
+      next[p] = page_ahead(at_ + kChunk + p * kWidth);
+    }
+    if (vectors_seen(0, count_) == 0) return;
+    kDirectScores<E>.by_rows[count_ - 1](w_.queries, keys, next, a_.head_dim, w_.scores);
+    weigh_tile(0, count_, w_.scores);
+    by_range(0, count_,
+             [&](std::int64_t begin, std::int64_t end, const Range& range) { add_values(begin, end, range); });
   }
 
   // Weights follow one tile behind the scores: what they wait for is there, and the CPU works at both.
@@ -114,8 +132,17 @@ class RoundedSpan : BlockSpan<E> {
       ++entry;
     }
     const std::int64_t pairs = (range.end - entry) / 2;
-    if (pairs > 0) add(entry, w_.values + entry * state_.stride, pairs);
-    entry += 2 * pairs;
+    if (direct_) {
+      for (const std::int64_t stop = entry + 2 * pairs; entry < stop;) {
+        const std::int64_t count = min64(stop, (entry / kPageTokens + 1) * kPageTokens) - entry;
+        add_direct(begin, end, entry, count / 2, factors);
+        factors = w_.ones;
+        entry += count;
+      }
+    } else if (pairs > 0) {
+      add(entry, w_.values + entry * state_.stride, pairs);
+      entry += 2 * pairs;
+    }
     if (entry < range.end) add(entry, seen_half(entry), 1);
   }
 
@@ -123,9 +150,28 @@ class RoundedSpan : BlockSpan<E> {
   const std::uint16_t* seen_half(std::int64_t entry) const {
     const __m512i kept = _mm512_set1_epi32(entry % 2 == 0 ? 0xffff : static_cast<int>(0xffff0000));
     const std::uint16_t* from = w_.values + entry / 2 * 2 * state_.stride;
+    if (direct_) {
+      const auto* low = page(at_ + entry) + (kPageTokens + entry % kPageTokens / 2 * 2) * a_.head_dim;
+      for (std::int64_t i = 0; i < a_.head_dim; i += kWidth)
+        store_pairs(w_.half + 2 * i, E::load(low + i), E::load(low + a_.head_dim + i));
+      from = w_.half;
+    }
     for (std::int64_t i = 0; i < 2 * state_.stride; i += kLine)
       _mm512_storeu_si512(w_.half + i, _mm512_and_si512(_mm512_loadu_si512(from + i), kept));
     return w_.half;
+  }
+
+  void add_direct(std::int64_t begin, std::int64_t end, std::int64_t entry, std::int64_t pairs,
+                  const float* factors) const {
+    const std::int64_t depth = a_.head_dim, row = (kPageTokens + entry % kPageTokens) * depth;
+    const auto *values = page(at_ + entry) + row, *next = page_ahead(at_ + kChunk + entry) + row;
+    const auto add = [&](const auto& tiles, std::int64_t column) {
+      tiles.by_rows[end - begin - 1](w_.weights + begin * kChunk + entry, values + column, next + column, pairs, depth,
+                                     factors, state_.sums + begin * depth + column);
+    };
+    by_columns([&](std::int64_t column) { add(kDirectValues<E, kVecs>, column); },
+               [&](std::int64_t column) { add(kDirectValues<E, kHalf>, column); },
+               [&](std::int64_t column) { add(kDirectValues<E, 1>, column); });
   }
 
   void add_pairs(std::int64_t begin, std::int64_t end, std::int64_t entry, const std::uint16_t* values,
@@ -134,18 +180,19 @@ class RoundedSpan : BlockSpan<E> {
       tiles.by_rows[end - begin - 1](w_.weights + begin * kChunk + entry, values + 2 * column, pairs, factors,
                                      state_.sums + begin * state_.stride + column, state_.stride);
     };
+    by_columns([&](std::int64_t column) { add(kRoundedValues<kVecs>, column); },
+               [&](std::int64_t column) { add(kRoundedValues<kHalf>, column); },
+               [&](std::int64_t column) { add(kRoundedValues<1>, column); });
+  }
+
+  // Calls one of these for vectors of dimensions, as many at once as there are.
+  template <class All, class Half, class One>
+  void by_columns(All all, Half half, One one) const {
     for (std::int64_t column = 0; column < state_.stride;) {
       const std::int64_t left = (state_.stride - column) / kWidth;
-      if (left >= kVecs) {
-        add(kRoundedValues<kVecs>, column);
-        column += kVecs * kWidth;
-      } else if (left >= kHalf) {
-        add(kRoundedValues<kHalf>, column);
-        column += kHalf * kWidth;
-      } else {
-        add(kRoundedValues<1>, column);
-        column += kWidth;
-      }
+      const std::int64_t taken = left >= kVecs ? kVecs : left >= kHalf ? kHalf : 1;
+      taken == kVecs ? all(column) : taken == kHalf ? half(column) : one(column);
+      column += taken * kWidth;
     }
   }
 
@@ -153,6 +200,8 @@ class RoundedSpan : BlockSpan<E> {
   using Base::by_range, Base::page, Base::page_ahead, Base::set_ranges, Base::vectors_seen;
 
   RoundedWorkspace w_;
+  const bool direct_ = count_ <= kDirectRows && a_.head_dim % kWidth == 0;  // whether nothing is converted
+  std::int64_t at_ = 0;                                                     // entry where the chunk begins
 };
 
 inline std::size_t rounded_scratch_bytes(const AttentionArgs& a, std::int64_t queries) {
