@@ -185,9 +185,9 @@ void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
   const auto finish = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, float* out) {
     if (l.per_channel) finish_channel(l, a.panels + panel * l.panel_bytes, acts.totals + m, rows, out);
   };
-  // Small blocks scale their sums so often that four rows in a tile are best: more of that overlaps with products. But
-  // one tile reads weights better than two.
-  const int tile_rows = l.block_k < kActGroup && row_end - row_begin > kMaxTile ? 4 : kMaxTile;
+  // Small blocks scale their sums so often that three or four rows in a tile are best: more of that overlaps with
+  // products. But up to five rows one tile is better, as it reads weights better than two.
+  const int tile_rows = l.block_k < kActGroup && row_end - row_begin >= kMaxTile ? 4 : kMaxTile;
   run_tiles(a, {panel_begin, panel_end}, {row_begin, row_end}, l.act_groups, tile_rows, tile, finish);
 }
 
