@@ -87,8 +87,9 @@ def test_a_deployed_model_is_bit_for_bit_the_folder_of_its_plan(biased: Path, tm
     torch_model = qtale.deploy(biased, plan=plan, compute=compute, backend="torch", progress=False).model
     with torch.no_grad():
         logits = torch_model(torch.tensor([IDS])).logits[0].numpy()
-    spread = float(logits.max() - logits.min())
-    assert np.abs(logits - deployment.engine.logits(IDS)).max() < (1e-4 if compute == "float" else 0.02) * spread
+    spread, apart = float(logits.max() - logits.min()), logits - deployment.engine.logits(IDS)
+    # Where the engine's attention is in bf16, both round activations to 8 bits at other places.
+    assert np.sqrt(np.square(apart).mean()) < (1e-5 if compute == "float" else 0.02) * spread
 
 
 def test_budgets_are_kept_and_scores_decide(dense: Path, tmp_path: Path) -> None:
