@@ -22,7 +22,7 @@ QUANTIZED, DENSE = "quantized", "dense"
 # Inside a layer quantized so far: what enters the last matrix of its attention, and the stream behind the attention.
 ENTERING, BEHIND = "entering", "behind"
 # Tokens that go through a layer together: enough for fast products, little enough to stay in the caches.
-BATCH_TOKENS = 512
+BATCH_TOKENS = 1024
 
 
 @dataclass
