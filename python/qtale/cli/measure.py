@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", metavar="DIR", help="keep all state in DIR, and go on from what it holds")
     parser.add_argument(
         "--max-memory",
-        default="256MiB",
         metavar="SIZE",
         help="hidden states above it go to a file (default 256MiB)",
     )
@@ -93,10 +92,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the file and print the scores; returns 0."""
     from qtale.integrations.measure import measure
     from qtale.integrations.scoring_model import model_folder
+    from qtale.layerwise.states import MAX_MEMORY
     from qtale.memory import parse_size
     from qtale.report.importance import render
 
-    options, max_memory = options_of(args), parse_size(args.max_memory, "--max-memory")
+    options = options_of(args)
     progress = sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     importance = measure(
         model_folder(args.model),
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         calibration=args.calibration,
         out=Path(args.output),
         resume=args.resume,
-        max_memory=max_memory,
+        max_memory=MAX_MEMORY if args.max_memory is None else parse_size(args.max_memory, "--max-memory"),
         progress=progress,
     )
     if args.json:

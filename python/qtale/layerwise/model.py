@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from qtale import names
 from qtale.checkpoint.folder import ModelFolder
-from qtale.checkpoint.safetensors import FLOATS as FLOATS
+from qtale.checkpoint.safetensors import FLOATS
 from qtale.errors import CheckpointError, UnsupportedError
 from qtale.layerwise.skeleton import build_skeleton, decoder_layers
 from qtale.process import release

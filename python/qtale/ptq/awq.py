@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from qtale.layerwise.model import FLOATS
+from qtale.checkpoint.safetensors import FLOATS
 from qtale.ptq.moments import Moments
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import Recipe

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qtale.checkpoint.safetensors import FLOATS
 from qtale.format.tensors import packed_tensors
-from qtale.layerwise.model import FLOATS
 from qtale.ptq.awq import scale_inputs
 from qtale.ptq.matrix import restored, solve_matrix
 from qtale.ptq.moments import Moments

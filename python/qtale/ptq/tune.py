@@ -16,8 +16,8 @@ import numpy as np
 from qtale import names
 from qtale.checkpoint.architecture import build_on_meta, decoder_config
 from qtale.checkpoint.folder import ModelFolder
+from qtale.checkpoint.safetensors import FLOATS
 from qtale.format.tensors import PACKED, SCALE, ZERO_POINT
-from qtale.layerwise.model import FLOATS
 from qtale.layerwise.tokens import Tokens
 from qtale.ptq.products import AUTO, products
 from qtale.ptq.tuning_state import TuningState
