@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qtale import names
+from qtale import names, ops
 from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.safetensors import FLOATS
 from qtale.errors import CheckpointError, UnsupportedError
@@ -47,6 +47,8 @@ class LayeredModel:
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for layer in self._layers:
             layer.forward = partial(self._note, layer is self._layers[0])
+            for linear in _linears(layer):
+                linear.forward = partial(_multiply, linear)
         self._embedding = self._model.get_input_embeddings()
         self._embedding.padding_idx = None  # rows are renumbered, see embed
         self._embed_name = self._name_of(self._embedding)
@@ -56,7 +58,8 @@ class LayeredModel:
     def close(self) -> None:
         """Free what the model holds; without it that waits for Python's collector of cycles."""
         for layer in self._layers:
-            layer.forward = None
+            for module in (layer, *_linears(layer)):
+                module.forward = None
         self._memory.clear()
 
     @property
@@ -232,6 +235,21 @@ class LayeredModel:
             yield lambda hidden: self._surround(self._model, self._ids(*hidden.shape[:2]), hidden).logits
         finally:
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"), requires_grad=False)
+
+
+def _linears(layer: torch.nn.Module) -> list[Any]:
+    import torch
+
+    return [module for module in layer.modules() if type(module) is torch.nn.Linear]
+
+
+def _multiply(linear: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What a Linear gives, by our float32 product; under autocast by torch's, which follows it."""
+    import torch
+
+    if torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.linear(x, linear.weight, linear.bias)
+    return ops.matmul(x, linear.weight, linear.bias)  # type: ignore[no-any-return]
 
 
 def _set(module: Any, name: str, value: torch.Tensor) -> None:
