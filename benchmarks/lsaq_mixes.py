@@ -43,6 +43,11 @@ class Mix:
         text = json.dumps([self.group_size, sorted(self.bits.items())])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
+    def spec_of(self, module: str) -> QuantSpec | None:
+        """How a module is rounded, None where it stays as stored."""
+        bits = self.bits.get(module, 16)
+        return None if bits == 16 else QuantSpec(bits, self.group_size)
+
 
 @dataclass(frozen=True)
 class Methods:
@@ -113,17 +118,12 @@ class Methods:
 
     def weight_bytes(self, mix: Mix) -> int:
         """What the planner says that weights, scales, embedding and norms take."""
-        group = mix.group_size
-        return needed(self.source.shape, lambda name: _spec(mix.bits.get(name, 16), group), context=0, batch=1).weights
+        return needed(self.source.shape, mix.spec_of, context=0, batch=1).weights
 
     def _wide(self, average: float) -> int:
         low = max(width for width in WIDTHS if width <= average)
         high = min(width for width in WIDTHS if width >= average)
         return self.layers if high == low else round((average - low) / (high - low) * self.layers)
-
-
-def _spec(bits: int, group_size: int | str) -> QuantSpec | None:
-    return None if bits == 16 else QuantSpec(bits, group_size)
 
 
 class Model:

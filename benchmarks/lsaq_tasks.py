@@ -1,7 +1,7 @@
 """Zero-shot accuracy of LSAQ's mixes of INT8 and INT4 layers by two scores: Table I of the paper, on any model.
 
-Layers get 8 bits in the order of each score, the others 4, one scale per channel as in the paper. Accuracies of
-lm-evaluation-harness are kept in ``--work`` as they are found; a run that was stopped goes on there.
+Layers get 8 bits in the order of each score, the others 4, one scale per channel as in the paper; the engine runs them.
+Accuracies of lm-evaluation-harness are kept in ``--work`` as they are found; a run that was stopped goes on there.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import qtale
-from lsaq_mixes import Cache, Methods, Mix, Model
+from lsaq_mixes import Cache, Methods, Mix
 from lsaq_tables import markdown
 from output import exit_with, publish
 from qtale import InputError
+from qtale.engine.engine import load_folder
+from qtale.engine.layout import WeightOptions
+from qtale.engine.model import LoadOptions
 from qtale.eval.sources import choose
 from qtale.eval.tasks import opened_tasks, task_names
 from qtale.importance import Importance, MeasureOptions
@@ -60,22 +61,33 @@ def accuracy(lm: Any, manager: Any, task: str, limit: float | None) -> dict[str,
     return {"accuracy": 100 * values[key], "error": 100 * values[key.replace(",", "_stderr,")]}
 
 
-def results(options: argparse.Namespace, source: Source, folder: Path) -> dict[str, Any]:
-    """All rows that were found within the time limit."""
-    from qtale.integrations.lm_eval import QtaleLM
+def loaded(options: argparse.Namespace, source: Source, mix: Mix) -> Any:
+    """The model under a mix, rounded while it is read, as lm-eval sees it."""
+    from qtale.integrations.engine_lm import EngineLM
     from qtale.integrations.scoring_model import load_tokenizer
 
+    if source.folder is None:
+        raise InputError("lsaq_tasks: needs the weights; give a model folder.")
+    specs = {}
+    for linear in source.shape.linears:
+        spec = mix.spec_of(linear.name)
+        specs[linear.name] = None if spec is None else spec.resolve(linear.name, linear.in_features)
+    run = LoadOptions(options.compute, None, "float32", None, options.threads)
+    engine = load_folder(source.folder, WeightOptions(specs=specs), run, progress=False)
+    return EngineLM(engine, load_tokenizer(source.folder.path))
+
+
+def results(options: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """All rows that were found within the time limit."""
     if source.importance is None:
         raise InputError("lsaq_tasks: the scores are missing; let the benchmark measure them.")
     methods, start = Methods(source, options.work), time.monotonic()
-    settings = {"fingerprint": source.model.fingerprint, "limit": options.limit, "dtype": options.dtype}
+    settings = {"fingerprint": source.model.fingerprint, "limit": options.limit, "compute": options.compute}
     cache = Cache(options.work / "accuracies.json", settings)
-    model = Model(source, torch.empty(0, 0, dtype=torch.int64), getattr(torch, options.dtype))
-    lm = QtaleLM(model.model, load_tokenizer(folder), tokens_per_pass=1024)
     rows, left = [], 0
     with opened_tasks(task_names(options.tasks), choose(options.data)) as (manager, names):
         for mix in mixes(methods, source.importance, options.averages, options.group_size):
-            model.use(mix)
+            lm: Any = None
             found = {}
             for task in names:
                 key = f"{mix.key} {task}"
@@ -84,6 +96,7 @@ def results(options: argparse.Namespace, source: Source, folder: Path) -> dict[s
                     left += 1
                     continue
                 if key not in cache.losses:
+                    lm = lm or loaded(options, source, mix)
                     cache.put(key, accuracy(lm, manager, task, options.limit))
                 found[task] = cache.losses[key]
             bits = methods.mean_bits(mix.bits)
@@ -120,7 +133,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="documents a task (default: all)")
     parser.add_argument("--num-sequences", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compute", choices=("float", "int8"), default="float", help="products of quantized layers")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no more tasks after it")
     parser.add_argument("--json", metavar="FILE|-", help="write all figures")
     options = parser.parse_args()
@@ -132,7 +146,7 @@ def main() -> int:
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
     folder = qtale.demo.model() if options.model == "demo" else Path(options.model)
-    found = results(options, measured(options, folder), folder)
+    found = results(options, measured(options, folder))
     publish(found, render(found), options.json)
     return 0
 
