@@ -30,10 +30,11 @@ from qtale.eval.sources import choose
 from qtale.eval.tasks import opened_tasks, task_names
 
 TASKS = "arc_easy,piqa"
-ENGINE: dict[str, QuantSpec | None] = {
-    "engine dense": None,
-    "engine W8": QuantSpec(8, "channel"),
-    "engine W4": QuantSpec(4, "auto"),
+ENGINE: dict[str, tuple[QuantSpec | None, str]] = {
+    "engine dense": (None, "float"),
+    "engine dense bfloat16": (None, "bfloat16"),
+    "engine W8": (QuantSpec(8, "channel"), "int8"),
+    "engine W4": (QuantSpec(4, "auto"), "int8"),
 }
 BATCHES = (1, 8, 32)  # lm-eval's default first
 TARGET = 5.0
@@ -44,7 +45,8 @@ def cases(batches: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Everything that is compared, by name; HFLM in bfloat16 where the CPU multiplies it."""
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     types = ["float32", *(["bfloat16"] if "avx512_bf16" in flags or "amx_bf16" in flags else [])]
-    found: dict[str, dict[str, Any]] = {name: {"engine": name} for name in ENGINE}
+    names = [name for name, (_, compute) in ENGINE.items() if compute != "bfloat16" or _core.has_bfloat16()]
+    found: dict[str, dict[str, Any]] = {name: {"engine": name} for name in names}
     found |= {f"hf {dtype}, batch {size}": {"dtype": dtype, "batch": size} for dtype in types for size in batches}
     return found
 
@@ -60,7 +62,8 @@ def engine_lm(folder: Path, name: str, threads: int) -> Any:
     """The model of ``qtale eval --backend engine``."""
     from qtale.eval.backend import engine_lm as make
 
-    return make(EvalOptions((TASKS,), backend="engine", threads=threads), folder, ENGINE[name])
+    spec, compute = ENGINE[name]
+    return make(EvalOptions((TASKS,), backend="engine", threads=threads, compute=compute), folder, spec)
 
 
 @contextlib.contextmanager

@@ -87,8 +87,7 @@ DecoderSpec spec_of(const py::dict& config) {
   spec.norm_eps = config["norm_eps"].cast<float>();
   spec.attention_scale = config["attention_scale"].cast<float>();
   spec.rope = rope_of(config);
-  const bool floating = is_second("compute", config["compute"].cast<std::string>(), "int8", "float");
-  spec.compute = floating ? Compute::floating : Compute::int8;
+  spec.compute = compute_from_name("Decoder", config["compute"].cast<std::string>());
   spec.kv_dtype = dtype_from_name(config["kv_dtype"].cast<std::string>());
   const bool keep = is_second("kv_rule", config["kv_rule"].cast<std::string>(), "evict", "keep");
   spec.kv_rule = keep ? KvRule::keep : KvRule::evict;

@@ -13,8 +13,9 @@ using Release = py::call_guard<py::gil_scoped_release>;
 void register_decoder_rows(py::module_& module) {
   module.def(
       "matmul",
-      [](const Memory& x, const Memory& weight, const OptionalMemory& bias, const Memory& y) {
-        matmul(view(x), view(weight), OptionalView(bias).get(), view(y));
+      [](const Memory& x, const Memory& weight, const OptionalMemory& bias, const Memory& y,
+         const std::string& compute) {
+        matmul(view(x), view(weight), OptionalView(bias).get(), view(y), compute_from_name("matmul", compute));
       },
       Release());
   module.def(

@@ -20,7 +20,8 @@ PrepackedInfo make_info(std::int64_t out, std::int64_t in, std::int64_t groups, 
 Compute compute_from_name(const std::string& op, const std::string& name) {
   if (name == "int8") return Compute::int8;
   if (name == "float") return Compute::floating;
-  throw InputError(op + ": compute '" + name + "' is not a mode; use 'int8' or 'float'.");
+  if (name == "bfloat16") return Compute::bfloat16;
+  throw InputError(op + ": compute '" + name + "' is not a mode; use 'int8', 'float' or 'bfloat16'.");
 }
 
 void register_ops(py::module_& module) {

@@ -12,6 +12,8 @@ from qtale.tensors import contiguous, dtype_name, empty, is_torch, memory
 if TYPE_CHECKING:
     from qtale.tensors import Array
 
+# Ways to multiply with weights that are not quantized.
+DENSE_COMPUTE = ("float", "bfloat16")
 PREPACKED_FIELDS = ("out_features", "in_features", "groups", "num_bits", "symmetric", "scale_dtype")
 
 
@@ -140,8 +142,10 @@ def jaccard(a: Array, b: Array) -> Any:
     return out
 
 
-def matmul(x: Array, weight: Array, bias: Array | None) -> Any:
+def matmul(x: Array, weight: Array, bias: Array | None, compute: str = "float") -> Any:
     """:func:`qtale.ops.matmul`."""
+    if compute not in DENSE_COMPUTE:
+        raise InputError(f"matmul: compute {compute!r} is not a mode; use {' or '.join(map(repr, DENSE_COMPUTE))}.")
     if x.ndim == 0:
         raise InputError("matmul: x is a scalar; expected [..., in].")
     shape = x.shape
@@ -150,7 +154,7 @@ def matmul(x: Array, weight: Array, bias: Array | None) -> Any:
     out_features, _ = _matrix_shape("matmul", "weight", weight)
     y = empty(x, (rows.shape[0], out_features), "float32")
     bias32 = _float32(bias)
-    _core.matmul(memory(rows), memory(weight), _optional(bias32), memory(y))
+    _core.matmul(memory(rows), memory(weight), _optional(bias32), memory(y), compute)
     return y if flat else y.reshape((*shape[:-1], out_features))
 
 

@@ -157,15 +157,17 @@ def jaccard(a: Array, b: Array) -> Any:
     return _backend(a).jaccard(a, b)
 
 
-def matmul(x: Array, weight: Array, bias: Array | None = None) -> Any:
+def matmul(x: Array, weight: Array, bias: Array | None = None, compute: str = "float") -> Any:
     """``x @ weight.T + bias`` in float32 with a weight that is not quantized; x [..., in], result [..., out].
 
     x is float32; weight [out, in] float32, float16 or bfloat16, its rows contiguous; bias [out]. Sums are float32,
     ``|error| <= (in + 8) * 2^-24 * (sum_i |x_i * weight_i| + |bias|)``. A row of the result depends on its row of x
     alone, bit for bit, whatever rows it comes with. With autograd, gradients reach x, weight and bias.
-    Raises InputError for other dtypes and shapes that do not fit.
+    ``compute="bfloat16"`` rounds x and weight to bfloat16 before they are multiplied, twice as fast; it takes a CPU
+    with AVX-512 BF16 and an even number of inputs, and gradients are those of the numbers as they were.
+    Raises InputError for other dtypes, modes that the CPU lacks and shapes that do not fit.
     """
-    return _dense_backend(x).matmul(x, weight, bias)
+    return _dense_backend(x).matmul(x, weight, bias, compute)
 
 
 def compact_rows(x: Array, indices: Array) -> Any:

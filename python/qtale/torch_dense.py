@@ -11,15 +11,15 @@ from qtale import kernels
 from qtale.torch_library import define, fake, impl, register_backward
 
 define(
-    "matmul(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    'matmul(Tensor x, Tensor weight, Tensor? bias, str compute="float") -> Tensor',
     "compact_rows(Tensor x, Tensor indices) -> Tensor",
     "scatter_add_rows(Tensor x, Tensor delta, Tensor indices, Tensor? gates) -> Tensor",
 )
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str) -> Any:
     """:func:`qtale.ops.matmul`."""
-    return torch.ops.qtale.matmul.default(x, weight, bias)
+    return torch.ops.qtale.matmul.default(x, weight, bias, compute)
 
 
 def compact_rows(x: Tensor, indices: Tensor) -> Any:
@@ -38,7 +38,7 @@ impl("scatter_add_rows")(kernels.scatter_add_rows)
 
 
 @fake("matmul")
-def _matmul_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _matmul_fake(x: Tensor, weight: Tensor, bias: Tensor | None, compute: str = "float") -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -53,7 +53,7 @@ def _scatter_add_rows_fake(x: Tensor, delta: Tensor, indices: Tensor, gates: Ten
 
 
 def _matmul_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
+    x, weight, bias, _ = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -68,7 +68,7 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_weight, grad_bias
+    return grad_x, grad_weight, grad_bias, None
 
 
 def _compact_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

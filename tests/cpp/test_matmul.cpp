@@ -1,9 +1,12 @@
-// matmul on every instruction set against float64: shapes, dtypes, bias, rows apart, NaN, threads, numbers of rows.
+// matmul on every instruction set, in float and in bfloat16 where it is there, against float64: shapes, dtypes, bias,
+// rows apart, NaN, threads, numbers of rows.
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "catch.h"
 #include "qtale/decoder_ops.h"
+#include "qtale/device.h"
 #include "support.h"
 
 namespace qtale::test {
@@ -19,17 +22,35 @@ const Case kCases[] = {{1, 1, 1},      {1, 576, 97},   {2, 16, 97},  {3, 33, 12}
                        {17, 130, 193}, {31, 1030, 25}, {32, 16, 96}, {33, 257, 97}, {49, 512, 385}, {65, 1537, 11},
                        {4, 0, 9},      {40, 0, 100},   {0, 5, 3},    {20, 7, 0},    {600, 20, 5}};
 
-Floats multiply(const Floats& x, const Floats& weight, const Floats* bias, const Case& c) {
+// The ways in which the tier in use multiplies rows of so many numbers.
+std::vector<Compute> ways(std::int64_t in) {
+  if (has_bfloat16() && in % 2 == 0) return {Compute::floating, Compute::bfloat16};
+  return {Compute::floating};
+}
+
+const char* name_of(Compute way) { return way == Compute::bfloat16 ? "bfloat16" : "float"; }
+
+Floats multiply(const Floats& x, const Floats& weight, const Floats* bias, const Case& c, Compute way) {
   Floats y(DType::f32, c.rows * c.out);
   for (std::int64_t i = 0; i < y.size(); ++i) y.set(i, NAN);
   const TensorView bias_view = bias == nullptr ? TensorView{} : bias->vector();
   matmul(x.matrix(c.rows, c.in), weight.matrix(c.out, c.in), bias == nullptr ? nullptr : &bias_view,
-         y.matrix(c.rows, c.out));
+         y.matrix(c.rows, c.out), way);
   return y;
 }
 
-// Elements outside of the bound that decoder_ops.h states.
-std::int64_t outside(const Floats& x, const Floats& weight, const Floats* bias, const Case& c, const Floats& y) {
+Floats rounded(const Floats& x, Compute way) {
+  if (way != Compute::bfloat16) return x;
+  Floats out(DType::bf16, x.size());
+  for (std::int64_t i = 0; i < x.size(); ++i) out.set(i, x.get(i));
+  return out;
+}
+
+// Elements of y outside of the bound that decoder_ops.h states.
+std::int64_t outside(const Floats& given_x, const Floats& given_weight, const Floats* bias, const Case& c,
+                     Compute way) {
+  const Floats y = multiply(given_x, given_weight, bias, c, way);
+  const Floats x = rounded(given_x, way), weight = rounded(given_weight, way);
   std::int64_t wrong = 0;
   for (std::int64_t r = 0; r < c.rows; ++r) {
     for (std::int64_t o = 0; o < c.out; ++o) {
@@ -63,9 +84,12 @@ TEST_CASE("matmul: within the stated bound of float64 for all tiers, dtypes and 
         const Floats x = normal_floats(random, DType::f32, c.rows * c.in);
         const Floats weight = normal_floats(random, dtype, c.out * c.in, 0.1f);
         const Floats bias = normal_floats(random, DType::f32, c.out);
-        INFO(isa << " " << name_of(dtype) << " x [" << c.rows << ", " << c.in << "], " << c.out << " outputs");
-        CHECK(outside(x, weight, nullptr, c, multiply(x, weight, nullptr, c)) == 0);
-        CHECK(outside(x, weight, &bias, c, multiply(x, weight, &bias, c)) == 0);
+        for (const Compute way : ways(c.in)) {
+          INFO(isa << " " << name_of(way) << " " << name_of(dtype) << " x [" << c.rows << ", " << c.in << "], " << c.out
+                   << " outputs");
+          CHECK(outside(x, weight, nullptr, c, way) == 0);
+          CHECK(outside(x, weight, &bias, c, way) == 0);
+        }
       }
     }
   }
@@ -75,16 +99,18 @@ TEST_CASE("matmul: a row has the same bits among any number of rows") {
   Random random(92);
   for (const std::string& isa : cpu_isas()) {
     const IsaScope scope(isa);
-    for (const std::int64_t in : {7, 16, 576, 700, 1041}) {
+    for (const std::int64_t in : {7, 16, 34, 576, 700, 1041, 2050}) {
       for (const DType dtype : kFloatTypes) {
         const Case all{70, in, 101};
         const Floats x = normal_floats(random, DType::f32, all.rows * in);
         const Floats weight = normal_floats(random, dtype, all.out * in), bias = normal_floats(random, DType::f32, 101);
-        const Floats y = multiply(x, weight, &bias, all);
-        for (const std::int64_t rows : {1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 17, 33, 64}) {
-          const Floats some = multiply(head(x, rows * in), weight, &bias, {rows, in, all.out});
-          INFO(isa << " " << name_of(dtype) << " " << rows << " rows, " << in << " deep");
-          CHECK(first_difference(some, head(y, rows * all.out)) == -1);
+        for (const Compute way : ways(in)) {
+          const Floats y = multiply(x, weight, &bias, all, way);
+          for (const std::int64_t rows : {1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 17, 33, 64}) {
+            const Floats some = multiply(head(x, rows * in), weight, &bias, {rows, in, all.out}, way);
+            INFO(isa << " " << name_of(way) << " " << name_of(dtype) << " " << rows << " rows, " << in << " deep");
+            CHECK(first_difference(some, head(y, rows * all.out)) == -1);
+          }
         }
       }
     }
@@ -100,14 +126,16 @@ TEST_CASE("matmul: the same bits for any number of threads", "[threads]") {
       const Case c{rows, 576, 3000};
       const Floats x = normal_floats(random, DType::f32, c.rows * c.in);
       const Floats weight = normal_floats(random, DType::bf16, c.out * c.in);
-      const Floats one = [&] {
-        const ThreadScope threads(1);
-        return multiply(x, weight, nullptr, c);
-      }();
-      for (const int count : {2, 3, 7}) {
-        const ThreadScope threads(count);
-        INFO(isa << " " << rows << " rows, " << count << " threads");
-        CHECK(first_difference(multiply(x, weight, nullptr, c), one) == -1);
+      for (const Compute way : ways(c.in)) {
+        const Floats one = [&] {
+          const ThreadScope threads(1);
+          return multiply(x, weight, nullptr, c, way);
+        }();
+        for (const int count : {2, 3, 7}) {
+          const ThreadScope threads(count);
+          INFO(isa << " " << name_of(way) << " " << rows << " rows, " << count << " threads");
+          CHECK(first_difference(multiply(x, weight, nullptr, c, way), one) == -1);
+        }
       }
     }
   }
@@ -129,12 +157,14 @@ TEST_CASE("matmul: rows may be apart, and nothing between them is read into sums
       TensorView apart_x = wide_x.matrix(rows, 45), apart = wide.matrix(230, 43), apart_y = y.matrix(rows, 233);
       apart_x.shape[1] = apart.shape[1] = 40;
       apart_y.shape[1] = 230;
-      matmul(apart_x, apart, nullptr, apart_y);
-      const Floats dense = multiply(x, weight, nullptr, c);
-      std::int64_t wrong = 0;
-      for (std::int64_t i = 0; i < y.size(); ++i)
-        wrong += i % 233 < 230 ? y.bits(i) != dense.bits(i / 233 * 230 + i % 233) : !std::isnan(y.get(i));
-      CHECK(wrong == 0);
+      for (const Compute way : ways(40)) {
+        matmul(apart_x, apart, nullptr, apart_y, way);
+        const Floats dense = multiply(x, weight, nullptr, c, way);
+        std::int64_t wrong = 0;
+        for (std::int64_t i = 0; i < y.size(); ++i)
+          wrong += i % 233 < 230 ? y.bits(i) != dense.bits(i / 233 * 230 + i % 233) : !std::isnan(y.get(i));
+        CHECK(wrong == 0);
+      }
     }
   }
 }
@@ -152,20 +182,41 @@ TEST_CASE("matmul: NaN and infinity reach their own products only") {
       x.set(0 * 50 + 49, -kInf);
       weight.set(3 * 50 + 8, NAN);
       weight.set(4 * 50 + 17, kInf);
-      const Floats y = multiply(x, weight, nullptr, c);
-      std::int64_t wrong = 0;
-      for (std::int64_t i = 0; i < y.size(); ++i) {
-        const bool first = i / 40 == 0;
-        const std::int64_t o = i % 40;
-        if (o == 3 || (o == 4 && first))
-          wrong += !std::isnan(y.get(i));
-        else if (o == 4)
-          wrong += y.get(i) != kInf;
-        else
-          wrong += first ? y.get(i) != -kInf : !std::isfinite(y.get(i));
+      for (const Compute way : ways(50)) {
+        const Floats y = multiply(x, weight, nullptr, c, way);
+        std::int64_t wrong = 0;
+        for (std::int64_t i = 0; i < y.size(); ++i) {
+          const bool first = i / 40 == 0;
+          const std::int64_t o = i % 40;
+          if (o == 3 || (o == 4 && first))
+            wrong += !std::isnan(y.get(i));
+          else if (o == 4)
+            wrong += y.get(i) != kInf;
+          else
+            wrong += first ? y.get(i) != -kInf : !std::isfinite(y.get(i));
+        }
+        INFO(isa << " " << name_of(way) << " " << rows << " rows");
+        CHECK(wrong == 0);
       }
-      INFO(isa << " " << rows << " rows");
-      CHECK(wrong == 0);
+    }
+  }
+}
+
+TEST_CASE("matmul: bfloat16 is refused where it cannot be had") {
+  Floats x(DType::f32, 6), weight(DType::bf16, 6), y(DType::f32, 4);
+  const auto refused = [&](std::int64_t in) {
+    return input_error_of(
+        [&] { matmul(x.matrix(2, in), weight.matrix(2, in), nullptr, y.matrix(2, 2), Compute::bfloat16); });
+  };
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    INFO(isa);
+    if (has_bfloat16()) {
+      CHECK(refused(2).empty());
+      CHECK(refused(3) == "matmul: bfloat16 numbers are multiplied by pairs, but x has 3 features; compute in float.");
+    } else {
+      CHECK(refused(2) ==
+            "matmul: " + isa + " has no products of bfloat16 numbers (AVX-512 BF16 has); compute in float.");
     }
   }
 }

@@ -38,6 +38,20 @@ def test_matmul_is_within_its_bound(isa: str, shape: tuple[int, int, int], dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_bfloat16_products_are_those_of_rounded_numbers(isa: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    x, weight, bias = torch.randn(2, 37, 602), torch.randn(77, 602).to(dtype), torch.randn(77)
+    if not _core.has_bfloat16():
+        with pytest.raises(InputError, match=f"{isa} has no products of bfloat16 numbers"):
+            ops.matmul(x, weight, bias, "bfloat16")
+        return
+    rounded, matrix = x.bfloat16().double(), weight.bfloat16().double()
+    error = (ops.matmul(x, weight, bias, "bfloat16").double() - rounded @ matrix.T - bias.double()).abs()
+    size = rounded.abs() @ matrix.abs().T + bias.double().abs()
+    assert bool((error <= (602 + 8) * 2.0**-24 * size).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_matmul_of_a_batch_is_that_of_its_rows(isa: str, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     x, weight = torch.randn(4, 9, 576), torch.randn(100, 576).to(dtype)
@@ -112,7 +126,7 @@ def test_they_are_traced_and_compiled() -> None:
     indices = torch.tensor([5, 1], dtype=torch.int32)
     ops.matmul(x, weight)  # the first call with torch registers them
     calls: dict[str, tuple[Any, ...]] = {
-        "matmul": (x, weight, None),
+        "matmul": (x, weight, None, "float"),
         "compact_rows": (x, indices),
         "scatter_add_rows": (x, delta, indices, gates),
     }
@@ -134,6 +148,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "scalar": (lambda: ops.matmul(X[0, 0], WEIGHT), "x is a scalar"),
     "transposed": (lambda: ops.matmul(X, torch.randn(8, 20).t()), "the rows of weight are not contiguous"),
     "bias": (lambda: ops.matmul(X, WEIGHT, torch.randn(19)), r"bias has shape \[19\]; expected \[20\]"),
+    "compute": (lambda: ops.matmul(X, WEIGHT, None, "int8"), "compute 'int8' is not a mode; use 'float' or 'bfloat16'"),
     "a list": (lambda: ops.matmul([[1.0]], WEIGHT), "expected a torch tensor or a numpy array, got list"),
     "index": (lambda: ops.compact_rows(X, TWO + 1), "index 4 at place 1 is not a row of x; expected 0 to 3"),
     "index dtype": (lambda: ops.compact_rows(X, TWO.long()), "indices is int64; expected int32"),

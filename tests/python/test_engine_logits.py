@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import qtale
 from engine_samples import MEMBERS, ROPES, difference, ids_of, make_model, save_model, torch_logits
-from qtale import QuantSpec
+from qtale import QuantSpec, _core
 from qtale.errors import InputError
 
 # Largest difference of a logit as a share of their range; sums of float32 in another order.
@@ -78,6 +78,30 @@ def test_models_of_16_bits_give_what_their_weights_mean(tmp_path: Path, dtype: t
     expected = torch_logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ids_of(60))
     assert difference(qtale.load(path, kv_dtype="float32").logits(ids_of(60)), expected) < BOUND
     assert difference(qtale.load(path).logits(ids_of(60)), expected) < KV_BOUND
+
+
+def test_bfloat16_is_as_near_as_in_transformers(tmp_path: Path) -> None:
+    if not _core.has_bfloat16():
+        pytest.skip("this CPU has no products of bfloat16 numbers")
+    model, ids = make_model("llama", hidden_size=128, head_dim=32), ids_of(60)
+    path = save_model(model.bfloat16(), tmp_path / "model", tokenizer=False)
+    plain = torch_logits(model, ids)
+    exact = torch_logits(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), ids)
+    engine = qtale.load(path, compute="bfloat16", kv_dtype="float32")
+    assert 0 < difference(engine.logits(ids), exact) < difference(plain, exact)
+    some = qtale.load(path, compute="bfloat16", kv_dtype="float32", num_threads=1)
+    np.testing.assert_array_equal(some.logits(ids[:7]), engine.logits(ids)[:7])
+
+
+def test_bfloat16_is_refused_where_the_kernels_lack_it(tmp_path: Path) -> None:
+    path = save_model(make_model("llama"), tmp_path / "model", tokenizer=False)
+    before = _core.cpu_isa()
+    _core.set_cpu_isa("generic")
+    try:
+        with pytest.raises(InputError, match=r"'bfloat16' needs a CPU .*generic; use 'float'"):
+            qtale.load(path, compute="bfloat16")
+    finally:
+        _core.set_cpu_isa(before)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

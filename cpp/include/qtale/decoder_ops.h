@@ -13,8 +13,11 @@ namespace qtale {
 // y[m,o] = sum_i x[m,i] * weight[o,i] + bias[o], for weights that are not quantized.
 //   x [m, in] f32, weight [out, in] f32|f16|bf16, bias [out] f32 or nullptr, y [m, out] f32; rows of all may be apart.
 //   |y - y_exact| <= (in + 8) * 2^-24 * (sum_i |x_i * weight_i| + |bias|); NaN and infinity go where IEEE 754 sends
-//   them. A row of y depends on its row of x alone, bit for bit, for any number of rows and threads.
-void matmul(const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView& y);
+//   them. Compute::bfloat16 rounds x and weight to bfloat16 first (the bound is that of the rounded ones, numbers below
+//   2^-126 count as zero), for an even number of inputs and where the CPU has such products, see has_bfloat16.
+//   A row of y depends on its row of x alone, bit for bit, for any number of rows and threads.
+void matmul(const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView& y,
+            Compute compute = Compute::floating);
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, 2019).
 //   x and out [rows, n] or [rows, heads, n] f32, rows and heads may be apart; weight [n] f32; out may be x.
@@ -64,8 +67,8 @@ struct AttentionRun {
 //   q and out [rows, heads, head_dim] f32, rows may be apart; begin and end [rows] s32, neither falls within a run.
 //   Runs ascend and do not overlap; rows of no run stay as they are. head_dim is even, up to 256.
 //   Sums are float32: |out - exact| <= 2^-24 * (head_dim + entries + 64) * max |v| * (1 + 2 * max scale * |q| . |k|).
-//   Compute::int8 may round queries, keys, weights and values to bfloat16 where it multiplies them, and does with
-//   AVX-512 BF16, for any number of rows; then 2^-8 * max |v| * (5/4 + 9/8 * max scale * |q| . |k|) comes on top.
+//   Compute::int8 and bfloat16 may round queries, keys, weights and values to bfloat16 where they multiply them, and do
+//   with AVX-512 BF16, for any number of rows; then 2^-8 * max |v| * (5/4 + 9/8 * max scale * |q| . |k|) comes on top.
 //   Compute::floating never does.
 //   A row of out depends on its row of q and its entries alone, bit for bit.
 void attention(const TensorView& q, std::span<const AttentionRun> runs, const TensorView& begin, const TensorView& end,

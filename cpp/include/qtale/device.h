@@ -20,6 +20,8 @@ std::string cuda_reason();
 std::vector<std::string> cpu_isas();
 // The one in use: the best of them, or the one that QTALE_CPU_ISA names (InputError where the CPU lacks it).
 std::string cpu_isa();
+// Whether it multiplies bfloat16 numbers, as Compute::bfloat16 asks for.
+bool has_bfloat16();
 // For tests and benchmarks: switches the instruction set of the calling process.
 void set_cpu_isa(const std::string& name);
 

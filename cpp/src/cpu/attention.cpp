@@ -35,7 +35,7 @@ Item make_item(const AttentionArgs& args, const AttentionBlock& block) {
 
 const AttentionKernel& kernel_for(Compute compute) {
   const DecoderKernels& table = *kernels().decoder;
-  return compute == Compute::int8 ? table.int8_attention : table.attention;
+  return compute == Compute::floating ? table.attention : table.rounded_attention;
 }
 
 class Attention {

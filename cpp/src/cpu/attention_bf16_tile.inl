@@ -3,11 +3,11 @@
 #pragma once
 
 #include "cpu/attention_block.inl"
+#include "cpu/vec_avx512_bf16.h"
 
 namespace qtale::cpu::attending {
 namespace {
 
-using Pairs = __m512bh;
 constexpr std::int64_t kLine = 2 * kWidth;         // bf16 numbers of a vector of pairs
 constexpr std::int64_t kRoundedStride = 256 + 32;  // numbers from query to query: no two of a tile share a set
 constexpr std::int64_t kKeyStep = kVecs * kLine;   // numbers of a pair of dimensions in a chunk's keys
@@ -17,10 +17,6 @@ QTALE_INLINE Pairs broadcast_pair(const std::uint16_t* p) {
   std::int32_t pair;
   __builtin_memcpy(&pair, p, sizeof pair);
   return reinterpret_cast<Pairs>(_mm512_set1_epi32(pair));
-}
-// Spelled out for the reason that accumulate() is.
-QTALE_INLINE void accumulate_pairs(VecF& sum, Pairs a, Pairs b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
 // Numbers of two rows side by side, those of the first in the low halves.

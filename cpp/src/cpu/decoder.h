@@ -122,7 +122,7 @@ struct DecoderKernels {
   ExpSum (*exp_sum)(const float* x, std::int64_t n);
   void (*kv_append)(const AppendArgs&, std::int64_t begin, std::int64_t end);
   AttentionKernel attention;
-  AttentionKernel int8_attention;  // that of Compute::int8
+  AttentionKernel rounded_attention;  // of Compute::int8 and bfloat16
 };
 
 // Scalar: the specification of the others.
@@ -131,7 +131,7 @@ extern const DecoderKernels generic_decoder_table;
 #ifdef QTALE_X86
 extern const DecoderKernels avx2_decoder_table;
 extern const DecoderKernels avx512_decoder_table;
-extern const AttentionKernel avx512_bf16_attention_table;  // of Compute::int8 where the CPU has BF16
+extern const AttentionKernel avx512_bf16_attention_table;  // of those where the CPU has BF16
 #endif
 
 // Elements from one KV head to the next within a page; keys come first, then as many values.

@@ -15,13 +15,14 @@ namespace {
 const KernelTable& avx512_bf16_table() {
   static const DecoderKernels decoder = [] {
     DecoderKernels same = avx512_decoder_table;
-    same.int8_attention = avx512_bf16_attention_table;
+    same.rounded_attention = avx512_bf16_attention_table;
     return same;
   }();
   static const KernelTable table = [] {
     KernelTable same = avx512_table;
     same.name = "avx512_bf16";
     same.floating = avx512_bf16_float_table;
+    same.bf16_project = &avx512_bf16_project_table;
     same.decoder = &decoder;
     return same;
   }();
@@ -80,6 +81,8 @@ std::vector<std::string> cpu_isas() {
 }
 
 std::string cpu_isa() { return cpu::kernels().name; }
+
+bool has_bfloat16() { return cpu::kernels().bf16_project != nullptr; }
 
 void set_cpu_isa(const std::string& name) { cpu::current() = cpu::find(name); }
 

@@ -145,6 +145,7 @@ struct KernelTable {
   MatmulKernel int8;
   MatmulKernel floating;
   ProjectKernel project;
+  const ProjectKernel* bf16_project;  // of Compute::bfloat16, in numbers by pairs; nullptr where the CPU has none
   JaccardKernel jaccard;
   // Rows [begin, end) of the indices.
   void (*compact_rows)(const CompactArgs&, std::int64_t begin, std::int64_t end);
@@ -160,6 +161,7 @@ extern const KernelTable generic_table;
 extern const KernelTable avx2_table;
 extern const KernelTable avx512_table;
 extern const MatmulKernel avx512_bf16_float_table;  // in place of the float one where the CPU has BF16
+extern const ProjectKernel avx512_bf16_project_table;
 #endif
 
 }  // namespace qtale::cpu

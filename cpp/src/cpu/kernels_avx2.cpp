@@ -18,6 +18,7 @@ const KernelTable avx2_table = {
     {acts_bytes<false>, prepare_acts<false>, run_rows<false>, kTile, 2 * kRowBlock},
     {acts_bytes<true>, prepare_acts<true>, run_rows<true>, kTile, 2 * kRowBlock},
     projection::kernel<6, 2>,
+    nullptr,
     jaccard_by_sorting,
     compact,
     scatter_add,

@@ -19,6 +19,7 @@ const KernelTable avx512_table = {
     {int8_rows_bytes, prepare_int8_rows, run_int8, kMaxTile, 88 * kMaxTile},
     {float_rows_bytes, prepare_float_positions, run_float, kFloatTile, 66 * kFloatTile},
     projection::kernel<12, 2>,
+    nullptr,
     jaccard_by_sorting,
     compact,
     scatter_add,

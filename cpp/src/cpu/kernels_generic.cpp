@@ -18,6 +18,7 @@ const KernelTable generic_table = {
     {int8_rows_bytes, prepare_int8_rows, run_int8, 1, 264},
     {float_bytes, prepare_float, run_float, 1, 264},
     projection::kernel<4, 1>,
+    nullptr,
     jaccard_by_sorting,
     compact,
     scatter_add,

@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "cpu/backend.h"
-#include "cpu/isa.h"
 #include "cpu/project.h"
 #include "cpu/scratch.h"
 #include "qtale/parallel.h"
@@ -29,9 +28,8 @@ void pack_rows(const ProjectKernel& kernel, const ProjectArgs& args) {
   });
 }
 
-void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
-            const ProjectOut& out) {
-  const ProjectKernel& kernel = kernels().project;
+void matmul(const ProjectKernel& kernel, const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix,
+            std::int64_t entries, const ProjectOut& out) {
   const std::int64_t block = rows_per_pass(kernel, rows), group = kernel.entry_group;
   thread_local Scratch packed;
   for (std::int64_t row = 0; row < rows; row += block) {

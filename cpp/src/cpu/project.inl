@@ -34,15 +34,15 @@ struct Idle {
 };
 // or converting an entry of the group that comes next, for which its loop has time. It asks for memory that will be
 // converted one block later.
-template <class E, int Group>
+template <class Lane, class E, int Group>
 struct Converter {
   const typename E::T* from;
   std::int64_t ahead;  // bytes
   float* to;
   QTALE_INLINE void step() {
     __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
-    store_f32(to, E::load(from));
-    from += kWidth;
+    store_f32(to, Lane::template load<E>(from));
+    from += kWidth * Lane::kNumbers;
     to += Group * kWidth;
   }
 };
@@ -57,7 +57,7 @@ struct Merge {
 };
 
 // One chain: Group entries [steps][Group][kWidth], of which it takes one lane, times one panel of x [steps][lanes].
-template <int Group, int Vecs, int Used, class Beside>
+template <class Lane, int Group, int Vecs, int Used, class Beside>
 __attribute__((noipa)) void tile_chain(const float* x, const float* entries, std::int64_t steps, Beside beside,
                                        const Merge& merge) {
   constexpr int kPanel = Vecs * kWidth;
@@ -70,7 +70,7 @@ __attribute__((noipa)) void tile_chain(const float* x, const float* entries, std
     unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { row[p] = load_f32(x + p * kWidth); });
     unroll<Group>([&](auto e) QTALE_INLINE_LAMBDA {
       const VecF entry = set1(entries[e * kWidth]);
-      unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { accumulate(acc[e][p], entry, row[p]); });
+      unroll<Used>([&](auto p) QTALE_INLINE_LAMBDA { Lane::accumulate(acc[e][p], entry, row[p]); });
     });
     beside.step();
   }
@@ -97,11 +97,16 @@ struct Source {
 
 // A chunk of entries times all rows. While one group of entries is multiplied with the first panel of rows, the group
 // that comes next is converted: of the same block of the depth, of the next one, or of the next tile.
-template <class E, int Group, int Vecs, class Sink>
+template <class Lane, class E, int Group, int Vecs, class Sink>
 class ManyRows {
  public:
   ManyRows(const ProjectArgs& a, std::byte* scratch, const Sink& sink)
-      : a_(a), sink_(sink), w_(scratch), block_(block_depth(a.depth)), padded_(round_up(a.depth, kWidth)) {}
+      : a_(a),
+        sink_(sink),
+        w_(scratch),
+        depth_(a.depth / Lane::kNumbers),
+        block_(block_depth(depth_)),
+        padded_(round_up(depth_, kWidth)) {}
 
   void run(std::int64_t begin, std::int64_t end) {
     convert(source(begin, end, 0), 0, w_.slot(slot_));
@@ -123,26 +128,26 @@ class ManyRows {
   };
 
   const typename E::T* at(std::int64_t entry, std::int64_t depth) const {
-    return static_cast<const typename E::T*>(a_.matrix.data) + entry * a_.matrix.stride + depth;
+    return static_cast<const typename E::T*>(a_.matrix.data) + entry * a_.matrix.stride + depth * Lane::kNumbers;
   }
   Source<E> source(std::int64_t entry, std::int64_t end, std::int64_t depth) const {
-    return {at(entry, depth), min64(Group, end - entry), min64(block_, a_.depth - depth)};
+    return {at(entry, depth), min64(Group, end - entry), min64(block_, depth_ - depth)};
   }
 
   // From some depth on, with zeros up to whole vectors.
   void convert(const Source<E>& s, std::int64_t depth, float* to) const {
     for (std::int64_t e = 0; e < s.rows; ++e) {
       const typename E::T* from = s.at + e * a_.matrix.stride;
-      for (std::int64_t i = depth; i < s.depth; i += kWidth)
-        store_f32(to + i * Group + e * kWidth,
-                  i + kWidth <= s.depth ? E::load(from + i) : load_part<E>(from + i, s.depth - i));
+      make_lanes<Lane, E>(from + depth * Lane::kNumbers, s.depth - depth, to + depth * Group + e * kWidth,
+                          Group * kWidth);
     }
   }
 
   // All chains of a product; `beside(chain)` gives what one of them does beside.
   template <class Beside, class MakeBeside>
   void multiply(const Product& p, int begin, int end, const MakeBeside& beside) const {
-    const auto tile = p.rows > kWidth ? tile_chain<Group, Vecs, Vecs, Beside> : tile_chain<Group, Vecs, 1, Beside>;
+    const auto tile =
+        p.rows > kWidth ? tile_chain<Lane, Group, Vecs, Vecs, Beside> : tile_chain<Lane, Group, Vecs, 1, Beside>;
     for (int chain = begin; chain < end; ++chain) {
       const int level = __builtin_ctz(~static_cast<unsigned>(chain));  // pairs that this chain completes
       const bool last = level == kHalvings;
@@ -154,9 +159,9 @@ class ManyRows {
 
   void run_tile(std::int64_t entry, std::int64_t end, std::int64_t chunk_end) {
     const std::int64_t groups = (end - entry + Group - 1) / Group;
-    for (std::int64_t begin = 0; begin < a_.depth || begin == 0; begin += block_, slot_ += groups) {
-      const std::int64_t depth = min64(block_, a_.depth - begin);
-      const bool last = begin + block_ >= a_.depth;
+    for (std::int64_t begin = 0; begin < depth_ || begin == 0; begin += block_, slot_ += groups) {
+      const std::int64_t depth = min64(block_, depth_ - begin);
+      const bool last = begin + block_ >= depth_;
       const float* x = reinterpret_cast<const float*>(a_.packed) + begin * kPanel;
       float* sums = w_.sums;
       for (std::int64_t row = 0; row < a_.rows; row += kPanel, x += padded_ * kPanel, sums += kEntries * kPanel) {
@@ -185,8 +190,8 @@ class ManyRows {
     const bool beside = next.rows == Group && next.depth >= whole;
     if (beside) {
       const std::int64_t distance = reinterpret_cast<const char*>(ahead) - reinterpret_cast<const char*>(next.at);
-      multiply<Converter<E, Group>>(p, 0, Group, [&](int chain) {
-        return Converter<E, Group>{next.at + chain * a_.matrix.stride, distance, to + chain * kWidth};
+      multiply<Converter<Lane, E, Group>>(p, 0, Group, [&](int chain) {
+        return Converter<Lane, E, Group>{next.at + chain * a_.matrix.stride, distance, to + chain * kWidth};
       });
     }
     multiply<Idle>(p, beside ? Group : 0, kWidth, [](int) { return Idle{}; });
@@ -196,34 +201,40 @@ class ManyRows {
   const ProjectArgs& a_;
   const Sink& sink_;
   Workspace<Group, Vecs> w_;
-  std::int64_t block_, padded_;
-  std::int64_t slot_ = 0;  // of the first group of a block
+  std::int64_t depth_, block_, padded_;  // lanes
+  std::int64_t slot_ = 0;                // of the first group of a block
 };
 
-template <int Group, int Vecs, class Sink>
+template <class Lane, int Group, int Vecs, class Sink>
 void run(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Sink& sink) {
   with_type(a.matrix.dtype, [&](auto element) {
     using E = decltype(element);
-    if (a.rows > kFewRows) return ManyRows<E, Group, Vecs, Sink>(a, scratch, sink).run(begin, end);
-    if (a.rows <= kStreamRows || kStreamRows == kFewTile) return few_rows<E, 4, kStreamRows>(a, begin, end, sink);
-    if constexpr (kStreamRows < kFewTile) return few_rows<E, 2, kFewTile>(a, begin, end, sink);
+    if (a.rows > kFewRows) return ManyRows<Lane, E, Group, Vecs, Sink>(a, scratch, sink).run(begin, end);
+    if (a.rows <= kStreamRows || kStreamRows == kFewTile) return few_rows<Lane, E, 4, kStreamRows>(a, begin, end, sink);
+    if constexpr (kStreamRows < kFewTile) return few_rows<Lane, E, 2, kFewTile>(a, begin, end, sink);
   });
 }
 
-template <int Group, int Vecs>
+template <class Lane, int Group, int Vecs>
 void find(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates& c) {
-  run<Group, Vecs>(a, begin, end, scratch, Offer{c});
+  run<Lane, Group, Vecs>(a, begin, end, scratch, Offer{c});
 }
-template <int Group, int Vecs>
+template <class Lane, int Group, int Vecs>
 void store(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const ProjectOut& out) {
-  run<Group, Vecs>(a, begin, end, scratch, Store{out});
+  run<Lane, Group, Vecs>(a, begin, end, scratch, Store{out});
 }
 
 // Group entries times Vecs vectors of rows fill the registers.
-template <int Group, int Vecs>
+template <int Group, int Vecs, class Lane = SingleLane>
 constexpr ProjectKernel kernel = {
-    packed_bytes<Vecs>, pack<Vecs>, Workspace<Group, Vecs>::bytes, find<Group, Vecs>, store<Group, Vecs>, Vecs * kWidth,
-    kEntries,           Group,
+    packed_bytes<Lane, Vecs>,
+    pack<Lane, Vecs>,
+    Workspace<Group, Vecs>::bytes,
+    find<Lane, Group, Vecs>,
+    store<Lane, Group, Vecs>,
+    Vecs * kWidth,
+    kEntries,
+    Group,
 };
 
 }  // namespace

@@ -7,7 +7,7 @@ namespace qtale::cpu::projection {
 namespace {
 
 // Adds one block of Rows rows of x times Entries rows of the matrix where they lie to sums, or begins them.
-template <class E, int Rows, int Entries>
+template <class Lane, class E, int Rows, int Entries>
 __attribute__((noipa)) void tile_few(const float* x, const typename E::T* matrix, std::int64_t stride,
                                      std::int64_t depth, std::int64_t ahead, bool begins, float* sums) {
   VecF acc[Rows][Entries];
@@ -19,19 +19,19 @@ __attribute__((noipa)) void tile_few(const float* x, const typename E::T* matrix
     unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { entry[e] = load(e); });
     unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
       const VecF row = load_f32(x + r * kWidth);
-      unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { accumulate(acc[r][e], row, entry[e]); });
+      unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { Lane::accumulate(acc[r][e], row, entry[e]); });
     });
   };
-  const typename E::T* const end = matrix + depth / kWidth * kWidth;
+  const typename E::T* const end = matrix + depth / kWidth * kWidth * Lane::kNumbers;
 #pragma GCC unroll 1
-  for (; matrix != end; matrix += kWidth, x += Rows * kWidth) {
+  for (; matrix != end; matrix += kWidth * Lane::kNumbers, x += Rows * kWidth) {
     unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA {
       __builtin_prefetch(reinterpret_cast<const char*>(matrix + e * stride) + ahead);
     });
-    step([&](auto e) QTALE_INLINE_LAMBDA { return E::load(matrix + e * stride); });
+    step([&](auto e) QTALE_INLINE_LAMBDA { return Lane::template load<E>(matrix + e * stride); });
   }
   if (depth % kWidth != 0)
-    step([&](auto e) QTALE_INLINE_LAMBDA { return load_part<E>(matrix + e * stride, depth % kWidth); });
+    step([&](auto e) QTALE_INLINE_LAMBDA { return load_lanes<Lane, E>(matrix + e * stride, depth % kWidth); });
   unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
     if constexpr (Entries == 4) {
       const Quad sum = reduce_add4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
@@ -46,24 +46,24 @@ __attribute__((noipa)) void tile_few(const float* x, const typename E::T* matrix
 }
 
 // Entries entry, entry + apart, … times all of few rows, up to MaxRows at once.
-template <class E, int Entries, int MaxRows, class Sink>
+template <class Lane, class E, int Entries, int MaxRows, class Sink>
 inline void few_entries(const ProjectArgs& a, std::int64_t entry, std::int64_t apart, const Sink& sink) {
   struct Tiles {
-    decltype(&tile_few<E, 1, Entries>) rows[MaxRows];
+    decltype(&tile_few<Lane, E, 1, Entries>) rows[MaxRows];
   };
   static constexpr Tiles kTiles = []<int... I>(std::integer_sequence<int, I...>) {
-    return Tiles{{tile_few<E, I + 1, Entries>...}};
+    return Tiles{{tile_few<Lane, E, I + 1, Entries>...}};
   }(std::make_integer_sequence<int, MaxRows>{});
   const auto* matrix = static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride;
-  const std::int64_t padded = round_up(a.depth, kWidth), block = block_depth(a.depth);
+  const std::int64_t depth = a.depth / Lane::kNumbers, padded = round_up(depth, kWidth), block = block_depth(depth);
   const std::int64_t tile = few_tile(a.rows);
   float sums[MaxRows * Entries];
   for (std::int64_t row = 0; row < a.rows; row += tile) {
     const auto* x = reinterpret_cast<const float*>(a.packed) + row * padded;
     const std::int64_t rows = min64(tile, a.rows - row);
-    for (std::int64_t begin = 0; begin < a.depth || begin == 0; begin += block)
-      kTiles.rows[rows - 1](x + begin * rows, matrix + begin, apart * a.matrix.stride, min64(block, a.depth - begin),
-                            Sink::kAhead, begin == 0, sums);
+    for (std::int64_t begin = 0; begin < depth || begin == 0; begin += block)
+      kTiles.rows[rows - 1](x + begin * rows, matrix + begin * Lane::kNumbers, apart * a.matrix.stride,
+                            min64(block, depth - begin), Sink::kAhead, begin == 0, sums);
     for (std::int64_t r = 0; r < rows; ++r)
       for (int e = 0; e < Entries; ++e) sink.one(row + r, entry + e * apart, sums[r * Entries + e]);
   }
@@ -71,15 +71,15 @@ inline void few_entries(const ProjectArgs& a, std::int64_t entry, std::int64_t a
 
 // Entries [begin, end) times all of few rows. A sink that takes them in any order is given those of as many streams as
 // the kernel has entries: memory is read faster so, and an odd distance keeps them out of each other's banks.
-template <class E, int Entries, int MaxRows, class Sink>
+template <class Lane, class E, int Entries, int MaxRows, class Sink>
 void few_rows(const ProjectArgs& a, std::int64_t begin, std::int64_t end, const Sink& sink) {
   while (end - begin >= Entries) {
     const std::int64_t most = Sink::kAnyOrder ? (end - begin) / Entries : 1;
     const std::int64_t apart = most - (most > 1 && most % 2 == 0);
-    for (std::int64_t i = 0; i < apart; ++i) few_entries<E, Entries, MaxRows>(a, begin + i, apart, sink);
+    for (std::int64_t i = 0; i < apart; ++i) few_entries<Lane, E, Entries, MaxRows>(a, begin + i, apart, sink);
     begin += apart * Entries;
   }
-  for (; begin < end; ++begin) few_entries<E, 1, MaxRows>(a, begin, 1, sink);
+  for (; begin < end; ++begin) few_entries<Lane, E, 1, MaxRows>(a, begin, 1, sink);
 }
 
 }  // namespace

@@ -161,25 +161,31 @@ std::size_t nothing_packed(std::int64_t, std::int64_t) { return 0; }
 void no_pack(const ProjectArgs&, std::int64_t, std::int64_t) {}
 std::size_t no_scratch(std::int64_t) { return 0; }
 
+float as_it_is(float value) { return value; }
+float as_bf16(float value) { return bf16_to_float(float_to_bf16(value)); }
+
+template <float (*Round)(float)>
 float product(const ProjectArgs& a, std::int64_t row, std::int64_t entry) {
   float sum = 0.0f;
-  for (std::int64_t i = 0; i < a.depth; ++i) sum += load(a.x, row, i) * load(a.matrix, entry, i);
+  for (std::int64_t i = 0; i < a.depth; ++i) sum += Round(load(a.x, row, i)) * Round(load(a.matrix, entry, i));
   return sum;
 }
 
+template <float (*Round)(float)>
 void find(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*, Candidates& c) {
   for (std::int64_t entry = begin; entry < end; ++entry) {
     for (std::int64_t row = 0; row < a.rows; ++row) {
-      const float sum = product(a, row, entry);
+      const float sum = product<Round>(a, row, entry);
       if (!(sum <= c.thresholds[row])) offer(c, row, entry, sum);
     }
   }
 }
 
+template <float (*Round)(float)>
 void store_products(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*, const ProjectOut& out) {
   for (std::int64_t row = 0; row < a.rows; ++row)
     for (std::int64_t entry = begin; entry < end; ++entry)
-      out.y[row * out.stride + entry] = product(a, row, entry) + (out.bias ? out.bias[entry] : 0.0f);
+      out.y[row * out.stride + entry] = product<Round>(a, row, entry) + (out.bias ? out.bias[entry] : 0.0f);
 }
 
 void compact(const CompactArgs& a, std::int64_t begin, std::int64_t end) {
@@ -210,6 +216,9 @@ double jaccard(const std::int32_t* a, std::int64_t a_size, const std::int32_t* b
   return all == 0 ? 1.0 : static_cast<double>(common) / static_cast<double>(all);
 }
 
+template <float (*Round)(float)>
+constexpr ProjectKernel project = {nothing_packed, no_pack, no_scratch, find<Round>, store_products<Round>, 1, 64, 1};
+
 }  // namespace
 
 const KernelTable reference_table = {
@@ -220,7 +229,8 @@ const KernelTable reference_table = {
     fake_quantize,
     {no_workspace, no_prepare, matmul<dot_int8>, 1, 264},
     {no_workspace, no_prepare, matmul<dot_float>, 1, 264},
-    {nothing_packed, no_pack, no_scratch, find, store_products, 1, 64, 1},
+    project<as_it_is>,
+    &project<as_bf16>,
     jaccard,
     compact,
     scatter_add,

@@ -101,8 +101,8 @@ class Block {
 
   // Attention may round what it multiplies where the layer rounds what goes in and what comes out anyway.
   Compute attention_compute() const {
-    const bool rounded = is_packed(in_.layer.qkv) && is_packed(in_.layer.o);
-    return rounded ? spec_.compute : Compute::floating;
+    const bool packed = is_packed(in_.layer.qkv) && is_packed(in_.layer.o);
+    return packed || spec_.compute == Compute::bfloat16 ? spec_.compute : Compute::floating;
   }
 
   // Attention of the wanted rows, which are rows of qkv as `cached` lists them.

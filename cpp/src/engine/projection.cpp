@@ -32,7 +32,7 @@ std::int64_t out_features(const Projection& projection) {
 
 void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Compute compute) {
   const TensorView* bias = matrix.bias ? &*matrix.bias : nullptr;
-  is_packed(matrix) ? qmatmul(x, matrix.weight, bias, y, compute) : matmul(x, matrix.weight, bias, y);
+  is_packed(matrix) ? qmatmul(x, matrix.weight, bias, y, compute) : matmul(x, matrix.weight, bias, y, compute);
 }
 
 void multiply(const TensorView& x, const Projection& projection, const TensorView& y, Compute compute,

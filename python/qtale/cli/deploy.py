@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from qtale.errors import InputError
+from qtale.spec import COMPUTE
 
 if TYPE_CHECKING:
     from qtale.deployment import Deployment, DeployReport
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens to hold in the KV cache (default 2048)")
     parser.add_argument("--batch", type=int, metavar="N", help="sequences at a time (default 1)")
     parser.add_argument("--errors", metavar="FILE", help="keep the table of rounding errors here between runs")
-    parser.add_argument("--compute", choices=("int8", "float"), default="int8", help="how quantized layers multiply")
+    parser.add_argument("--compute", choices=COMPUTE, default="int8", help="how quantized layers multiply")
     parser.add_argument(
         "--backend", choices=("auto", "engine", "torch"), default="auto", help="what runs it; default auto: the engine"
     )

@@ -11,7 +11,7 @@ from typing import Any
 from qtale.errors import InputError
 from qtale.eval.options import BACKENDS, DEMO, SEEDS, EvalOptions
 from qtale.ptq.options import AUTO, METHODS, RTN
-from qtale.spec import QuantSpec
+from qtale.spec import ENGINE_COMPUTE, QuantSpec
 
 NAME = "eval"
 HELP = "score a model on tasks of lm-evaluation-harness"
@@ -48,7 +48,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH|NAME",
         help="score the dense model too and print both (PATH: the dense original of a quantized folder)",
     )
-    add("--compute", choices=("int8", "float"), default="int8", help="activations in quantized layers (default int8)")
+    add(
+        "--compute",
+        choices=ENGINE_COMPUTE,
+        default="int8",
+        help="how layers multiply (bfloat16: dense ones)",
+    )
     add(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="default", help="default: float32 on CPU"
     )

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from qtale.errors import InputError
+from qtale.spec import ENGINE_COMPUTE
 
 if TYPE_CHECKING:
     from qtale.engine import Engine, Sampling
@@ -40,7 +41,9 @@ def add_weight_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     group.add_argument("--bits", type=int, metavar="N", help="round a dense model to 2, 3, 4 or 8 bits on the way in")
     group.add_argument("--group-size", "--group_size", default="auto", metavar="N", help="of --bits; default auto")
     group.add_argument("--lm-head-bits", "--lm_head_bits", type=int, metavar="N", help="round the head to 8 or 4 bits")
-    group.add_argument("--compute", choices=("int8", "float"), default="int8", help="how quantized layers multiply")
+    group.add_argument(
+        "--compute", choices=ENGINE_COMPUTE, default="int8", help="how layers multiply (bfloat16: dense ones)"
+    )
     group.add_argument("--cache", metavar="auto|DIR", help="keep packed weights on disk, so that loading is fast")
     return group
 

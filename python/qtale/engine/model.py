@@ -18,6 +18,7 @@ from qtale.engine.spec import DecoderSpec, read_spec
 from qtale.engine.weights import check_memory, read_weights
 from qtale.errors import CheckpointError, InputError
 from qtale.routing import KV_RULES, Routing, read_routing
+from qtale.spec import ENGINE_COMPUTE
 from qtale.tensors import memory
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("qtale")
 
-COMPUTE = ("int8", "float")
 KV_DTYPES = ("auto", "float16", "float32")
 _MAX_CONTEXT = 1 << 30
 
@@ -43,8 +43,13 @@ class LoadOptions:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.compute not in COMPUTE:
-            raise InputError(f"load: compute {self.compute!r} is not known; use 'int8' or 'float'.")
+        if self.compute not in ENGINE_COMPUTE:
+            raise InputError(f"load: compute {self.compute!r} is not known; use 'int8', 'float' or 'bfloat16'.")
+        if self.compute == "bfloat16" and not _core.has_bfloat16():
+            raise InputError(
+                f"load: compute 'bfloat16' needs a CPU that multiplies such numbers (AVX-512 BF16), but the kernels in "
+                f"use are {_core.cpu_isa()}; use 'float'."
+            )
         if self.kv_rule is not None and self.kv_rule not in KV_RULES:
             raise InputError(f"load: kv_rule {self.kv_rule!r} is not known; use {' or '.join(KV_RULES)}.")
         if self.kv_dtype not in KV_DTYPES:

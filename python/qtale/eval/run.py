@@ -201,14 +201,16 @@ class _Run:
         if spec is None and self.options.spec is not None and folder not in (self.folder, self.dense_folder):
             # The folder that was made of the model for this is named by how it was made.
             name, quantization = self.options.model, {**asdict(self.options.spec), "method": self.options.method}
-        compute = {"compute": self.options.compute} if self._computes_quantized(folder, spec) else {}
-        return {"pretrained": name, **quantization, **compute, "dtype": self.options.dtype}
+        compute = self._compute(folder, spec)
+        chosen = {} if compute is None else {"compute": compute}
+        return {"pretrained": name, **quantization, **chosen, "dtype": self.options.dtype}
 
-    @staticmethod
-    def _computes_quantized(folder: Path, spec: Any) -> bool:
+    def _compute(self, folder: Path, spec: Any) -> str | None:
+        """How layers multiply, None where the option makes no difference: for dense ones but in bfloat16."""
         from qtale.integrations.scoring_model import is_quantized
 
-        return spec is not None or is_quantized(folder)
+        concerned = spec is not None or self.options.compute == "bfloat16" or is_quantized(folder)
+        return self.options.compute if concerned else None
 
     def _described(self, folder: Path, spec: Any) -> dict[str, Any]:
         from qtale import __version__
@@ -218,7 +220,7 @@ class _Run:
             "version": __version__,
             "model": str(folder),
             "quantized_in_memory": None if spec is None else asdict(spec),
-            "compute": self.options.compute if self._computes_quantized(folder, spec) else None,
+            "compute": self._compute(folder, spec),
             "data": self.source.name,
         }
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from qtale.checkpoint import open_folder, resolve
 from qtale.errors import CheckpointError, InputError, UnsupportedError
-from qtale.spec import QuantSpec
+from qtale.spec import COMPUTE, QuantSpec
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-COMPUTE = ("int8", "float")
 DTYPES = ("default", "auto", "float32", "bfloat16", "float16")
 DEMO = "demo"
 _LOADER_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
@@ -67,7 +66,7 @@ def load_model(
     UnsupportedError, NetworkError.
     """
     if compute not in COMPUTE:
-        raise InputError(f"compute {compute!r} is not known; use 'int8' or 'float'.")
+        raise InputError(f"compute {compute!r} is no mode of PyTorch's layers; use 'int8' or 'float', or the engine.")
     folder = model_folder(model)
     if not is_quantized(folder):
         # Scales take the stored type, so that the model equals the folder that `qtale quantize` writes.

@@ -230,10 +230,12 @@ class LayeredModel:
         import torch
 
         head = self._model.get_output_embeddings()
+        head.forward = partial(_multiply, head)
         head.weight = torch.nn.Parameter(self.matrix("lm_head").float(), requires_grad=False)
         try:
             yield lambda hidden: self._surround(self._model, self._ids(*hidden.shape[:2]), hidden).logits
         finally:
+            head.forward = None  # no cycle keeps the model
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device="meta"), requires_grad=False)
 
 

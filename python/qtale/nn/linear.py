@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from qtale import _core, ops
 from qtale.errors import InputError, UnsupportedError
 from qtale.nn.packed import pack_weight, packed_shapes, unpack_weight
-from qtale.spec import QuantSpec, ResolvedSpec
+from qtale.spec import COMPUTE, QuantSpec, ResolvedSpec
 from qtale.torch_ops import qmatmul
-
-COMPUTE = ("int8", "float")
 
 
 class QLinear(nn.Module):
