@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "core/half.h"
+#include "core/scalar.h"
 #include "qtale/dtype.h"
 
 namespace qtale::cpu {
@@ -69,12 +69,6 @@ inline auto with_type(DType dtype, Fn&& fn) {
   if (dtype == DType::f16) return fn(F16{});
   if (dtype == DType::bf16) return fn(Bf16{});
   return fn(F32{});
-}
-
-inline float load_scalar(const void* p, DType dtype, std::int64_t i) {
-  if (dtype == DType::f16) return f16_to_float(static_cast<const std::uint16_t*>(p)[i]);
-  if (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(p)[i]);
-  return static_cast<const float*>(p)[i];
 }
 
 // Outputs of at least this many bytes at once leave no cache for anybody: they are written past the caches.

@@ -29,7 +29,7 @@ ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 # What weights and scales are stored in, as safetensors and as torch and the core spell it.
-FLOATS: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_FLOATS: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qtale import _core, names
 from qtale.checkpoint.folder import ModelFolder
-from qtale.checkpoint.safetensors import FLOATS, TensorInfo
+from qtale.checkpoint.safetensors import STORED_FLOATS, TensorInfo
 from qtale.engine.regions import FIXED, Layout, Source
 from qtale.engine.spec import DecoderSpec
 from qtale.errors import CheckpointError, InputError, UnsupportedError
@@ -134,14 +134,14 @@ class _Planner:
                 f"{self.folder.path}: {module} has shape {list(found)} where config.json needs [{rows}, {cols}]."
             )
         spec = packed.spec if packed else quantize
-        return Source(module, rows, cols, FLOATS[dtype], spec, packed, nbytes)
+        return Source(module, rows, cols, STORED_FLOATS[dtype], spec, packed, nbytes)
 
     def _tensor(self, name: str) -> TensorInfo:
         self.used.add(name)
         info = self.folder.shard_of(name).tensors[name]
-        if info.dtype not in FLOATS:
+        if info.dtype not in STORED_FLOATS:
             raise UnsupportedError(
-                f"{self.folder.path}: {name} has dtype {info.dtype}; the engine reads {', '.join(FLOATS)}."
+                f"{self.folder.path}: {name} has dtype {info.dtype}; the engine reads {', '.join(STORED_FLOATS)}."
             )
         return info
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qtale.checkpoint.folder import ModelFolder
-from qtale.checkpoint.safetensors import FLOATS, TensorInfo
+from qtale.checkpoint.safetensors import STORED_FLOATS, TensorInfo
 from qtale.checkpoint.writer import TensorShape
 from qtale.errors import CheckpointError, UnsupportedError
 from qtale.format.config import PackedConfig, parse_config
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any] | torch.Tensor
 
 PACKED, SCALE, SHAPE, ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
-SCALE_DTYPES = tuple(FLOATS)
+SCALE_DTYPES = tuple(STORED_FLOATS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from qtale import names, ops
 from qtale.checkpoint.folder import ModelFolder
-from qtale.checkpoint.safetensors import FLOATS
+from qtale.checkpoint.safetensors import STORED_FLOATS
 from qtale.errors import CheckpointError, UnsupportedError
 from qtale.layerwise.skeleton import build_skeleton, decoder_layers
 from qtale.process import release
@@ -81,7 +81,7 @@ class LayeredModel:
     def scale_dtype(self) -> str:
         """The dtype in which quantization scales of this model are kept: that of its stored weights."""
         kind = next(info.dtype for info in self.folder.tensors.values() if info.name.startswith(f"{self._prefix}."))
-        return FLOATS.get(kind, "float32")
+        return STORED_FLOATS.get(kind, "float32")
 
     def _name_of(self, module: Any) -> str:
         return next(f"{name}.weight" for name, found in self._model.named_modules() if found is module)
@@ -90,9 +90,9 @@ class LayeredModel:
         if name not in self.folder.tensors:
             raise CheckpointError(f"{self.folder.path}: lacks the tensor {name!r}.")
         dtype = self.folder.tensors[name].dtype
-        if dtype not in FLOATS:
+        if dtype not in STORED_FLOATS:
             raise UnsupportedError(
-                f"{self.folder.path}: {name} has dtype {dtype}; {self._verb} takes {', '.join(FLOATS)}."
+                f"{self.folder.path}: {name} has dtype {dtype}; {self._verb} takes {', '.join(STORED_FLOATS)}."
             )
         return self.folder.torch(name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qtale.checkpoint.safetensors import FLOATS
+from qtale.checkpoint.safetensors import STORED_FLOATS
 from qtale.errors import InputError
 from qtale.memory.runtime import TORCH, runtime
 from qtale.memory.shape import LinearShape, ModelShape
@@ -47,7 +47,7 @@ def linear_bytes(linear: LinearShape, spec: QuantSpec | ResolvedSpec | None) -> 
 
     resolved = spec if isinstance(spec, ResolvedSpec) else spec.resolve(linear.name, linear.in_features)
     groups = resolved.groups(linear.in_features)
-    dtype = FLOATS[linear.dtype]
+    dtype = STORED_FLOATS[linear.dtype]
     return _core.prepacked_bytes(
         linear.out_features, linear.in_features, groups, resolved.num_bits, resolved.symmetric, dtype
     )

@@ -8,14 +8,14 @@ from typing import Any
 
 from qtale import names
 from qtale.checkpoint.folder import ModelFolder
-from qtale.checkpoint.safetensors import FLOATS, ITEM_BYTES, TensorInfo
+from qtale.checkpoint.safetensors import ITEM_BYTES, STORED_FLOATS, TensorInfo
 from qtale.checkpoint.writer import TensorShape
 from qtale.errors import CheckpointError, UnsupportedError
 from qtale.format.tensors import SCALE_DTYPES
 
 # Models whose tensors follow from config.json by the rules of _tensors_of.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-_STORED = {name: stored for stored, name in FLOATS.items()}
+_STORED = {name: stored for stored, name in STORED_FLOATS.items()}
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

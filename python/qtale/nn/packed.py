@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from qtale import ops
-from qtale.checkpoint.safetensors import FLOATS
+from qtale.checkpoint.safetensors import STORED_FLOATS
 from qtale.errors import InputError
 from qtale.format.tensors import PACKED, SCALE, SHAPE, ZERO_POINT, packed_layout, packed_tensors
 from qtale.spec import ResolvedSpec
 
-_FLOATS = {stored: getattr(torch, name) for stored, name in FLOATS.items()}
+_FLOATS = {stored: getattr(torch, name) for stored, name in STORED_FLOATS.items()}
 _DTYPES = {"I32": torch.int32, "I64": torch.int64, **_FLOATS}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

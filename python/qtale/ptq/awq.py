@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from qtale.checkpoint.safetensors import FLOATS
+from qtale.checkpoint.safetensors import STORED_FLOATS
 from qtale.ptq.moments import Moments
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import Recipe
@@ -128,7 +128,7 @@ def _fold_into_norm(solver: Scaled, norm: str, scale: torch.Tensor, changed: dic
     parameter = solver.parts[norm].weight
     assert isinstance(parameter, torch.nn.Parameter), "norms that multiply have a weight"
     before = parameter.data
-    dtype = getattr(torch, FLOATS[solver.model.folder.tensors[f"{norm}.weight"].dtype])
+    dtype = getattr(torch, STORED_FLOATS[solver.model.folder.tensors[f"{norm}.weight"].dtype])
     after = (before / scale).to(dtype)
     usable = after.float().abs() > torch.finfo(dtype).tiny
     parameter.data = torch.where(usable, after.float(), before)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qtale.checkpoint.safetensors import FLOATS
+from qtale.checkpoint.safetensors import STORED_FLOATS
 from qtale.format.tensors import packed_tensors
 from qtale.ptq.awq import scale_inputs
 from qtale.ptq.matrix import restored, solve_matrix
@@ -136,7 +136,7 @@ class LayerSolver:
         import torch
 
         row = self.rows[name]
-        dtype = getattr(torch, FLOATS[row.dtype])
+        dtype = getattr(torch, STORED_FLOATS[row.dtype])
         solved = solve_matrix(name, self.weights.dense(name), hessian, row.spec, dtype, recipe)
         self.weights.set_quantized(name, restored(solved.quantized))
         packed: Any = packed_tensors(name, *solved.quantized, row.num_bits)

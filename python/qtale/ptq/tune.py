@@ -16,7 +16,7 @@ import numpy as np
 from qtale import names
 from qtale.checkpoint.architecture import build_on_meta, decoder_config
 from qtale.checkpoint.folder import ModelFolder
-from qtale.checkpoint.safetensors import FLOATS
+from qtale.checkpoint.safetensors import STORED_FLOATS
 from qtale.format.tensors import PACKED, SCALE, ZERO_POINT
 from qtale.layerwise.tokens import Tokens
 from qtale.ptq.products import AUTO, products
@@ -209,5 +209,5 @@ def _results(student: Any, changes: Mapping[str, torch.Tensor], folder: ModelFol
         if name.endswith(f".{SCALE}"):
             found[name] = module.tuned_scale()
         else:
-            found[name] = module.weight.detach().to(getattr(torch, FLOATS[folder.tensors[name].dtype]))
+            found[name] = module.weight.detach().to(getattr(torch, STORED_FLOATS[folder.tensors[name].dtype]))
     return found

@@ -10,12 +10,12 @@ from typing import Any
 
 from qtale import names
 from qtale.checkpoint.folder import ModelFolder, open_folder
-from qtale.checkpoint.safetensors import FLOATS, TensorInfo
+from qtale.checkpoint.safetensors import STORED_FLOATS, TensorInfo
 from qtale.format.tensors import PackedModule, packed_modules
 from qtale.report.text import Row, describe_groups, fold, human_bytes, table
 
 _PACKED_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-_DTYPE_NAMES = {"F64": "float64", **FLOATS}
+_DTYPE_NAMES = {"F64": "float64", **STORED_FLOATS}
 
 
 @dataclass(frozen=True)
