@@ -32,7 +32,7 @@ from qtale.eval.tasks import opened_tasks, task_names
 TASKS = "arc_easy,piqa"
 ENGINE: dict[str, tuple[QuantSpec | None, str]] = {
     "engine dense": (None, "float"),
-    "engine dense bfloat16": (None, "bfloat16"),
+    "engine bfloat16": (None, "bfloat16"),
     "engine W8": (QuantSpec(8, "channel"), "int8"),
     "engine W4": (QuantSpec(4, "auto"), "int8"),
 }

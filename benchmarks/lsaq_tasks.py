@@ -37,7 +37,8 @@ def measured(options: argparse.Namespace, folder: Path) -> Source:
     """The model with its scores, measured where the work folder lacks them."""
     path = options.work / "importance-tasks.json"
     if not path.exists():
-        asked = MeasureOptions(metrics=SCORES, num_sequences=options.num_sequences, seq_len=options.seq_len)
+        counts = {"num_sequences": options.num_sequences, "seq_len": options.seq_len, "top_k": options.top_k}
+        asked = MeasureOptions(metrics=SCORES, **counts)
         qtale.measure(folder, asked, calibration=options.calibration, out=path)
     return open_source(path, folder)
 
@@ -133,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="documents a task (default: all)")
     parser.add_argument("--num-sequences", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--top-k", type=int, default=500)
     parser.add_argument("--compute", choices=("float", "int8"), default="float", help="products of quantized layers")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no more tasks after it")

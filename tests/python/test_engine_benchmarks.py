@@ -49,3 +49,31 @@ def test_a_short_soak_changes_nothing(folder: Path) -> None:
     assert result["changed"] == []
     assert {"batch", "depth", "perplexity", "loglikelihood", "conversation"} <= set(result["calls"])
     assert result["rss_end"] > 0
+
+
+def test_table_one_is_scored_on_the_engine_and_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text("The lake is cold and the sun is far away. " * 40, encoding="utf-8")
+    given = [
+        f"--model={folder / 'model'}",
+        f"--data={folder / 'data'}",
+        f"--calibration={text}",
+        "--tasks=piqa,arc_easy",
+    ]
+    sizes = [
+        f"--work={tmp_path / 'work'}",
+        "--num-sequences=2",
+        "--seq-len=32",
+        "--top-k=20",
+        "--averages",
+        "6",
+        "--tasks=piqa,arc_easy",
+    ]
+    stopped, _ = run("lsaq_tasks.py", *given, "--time-limit=0", *sizes)
+    found, table = run("lsaq_tasks.py", *given, *sizes)
+    assert (stopped["unfinished"], found["unfinished"]) == (6, 0)
+    rows = [(row["method"], row["average"], sorted(row["tasks"])) for row in found["rows"]]
+    tasks = ["arc_easy", "piqa"]
+    assert rows == [("dense", 16, tasks), ("greedy jaccard", 6.0, tasks), ("greedy lim", 6.0, tasks)]
+    assert all(0 <= one["accuracy"] <= 100 for row in found["rows"] for one in row["tasks"].values())
+    assert "±" in table
