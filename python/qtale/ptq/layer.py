@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtale.checkpoint.safetensors import STORED_FLOATS
 from qtale.format.tensors import packed_tensors
+from qtale.process import release
 from qtale.ptq.awq import scale_inputs
 from qtale.ptq.matrix import restored, solve_matrix
 from qtale.ptq.moments import Moments
@@ -126,11 +127,14 @@ class LayerSolver:
     def _solve(self, stage: Stage) -> None:
         started, names, recipe = time.monotonic(), self._solved(stage), self._recipe(stage)
         hessian = self.moments(stage, recipe).hessian()
+        # Products over tokens leave holes in the heap, which the solver would come on top of, and the other way round.
+        release()
         for name in names:
             self._solve_matrix(name, hessian, recipe)
             now = time.monotonic()
             self.found[name]["seconds"] = now - started
             started = now
+        release()
 
     def _solve_matrix(self, name: str, hessian: torch.Tensor, recipe: Recipe) -> None:
         import torch
