@@ -135,6 +135,27 @@ TEST_CASE("attention: a row has the same bits alone, in any run, in any batch an
   }
 }
 
+TEST_CASE("attention: scores that grow along the cache, so that what was summed is rescaled again and again") {
+  Random random(19);
+  Cache cache(1100, 1, 64, DType::f16);
+  std::vector<float> keys(cache.k.size()), values(cache.v.size());
+  for (std::size_t i = 0; i < keys.size(); ++i) keys[i] = random.normal() * static_cast<float>(i / 64) / 50.0f;
+  for (float& x : values) x = random.normal();
+  cache.append(keys, values, 0);
+  Attending batch{8, 64, 1.0f, {}, {}, {}, {}, {}};
+  add_causal(batch, random, cache, 20, 0);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    for (const Compute compute : kComputes) {
+      batch.compute = compute;
+      INFO(isa << " " << name_of(compute));
+      const auto out = batch.run();
+      CHECK(worst_share(batch, out) <= 1.0);
+      CHECK(different_alone(batch, out) == 0);
+    }
+  }
+}
+
 TEST_CASE("attention: int8 is the float32 attention but with AVX-512 BF16") {
   Random random(18);
   Cache cache(150, 2, 64, DType::f16);

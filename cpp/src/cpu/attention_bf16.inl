@@ -2,7 +2,7 @@
 // where they are multiplied: twice the products of float32 in an instruction.
 #pragma once
 
-#include "cpu/attention_bf16_softmax.inl"
+#include "cpu/attention_bf16_tile.inl"
 
 namespace qtale::cpu::attending {
 namespace {
@@ -15,8 +15,6 @@ struct RoundedWorkspace {
   std::uint16_t* values;   // [kChunk / 2, stride] pairs
   std::uint16_t* half;     // [stride] pairs
   float* scores;           // [2, kRoundedRows, kChunk]
-  float* ones;             // [kRoundedRows]
-  float* factors;          // [queries]
   Range* ranges;           // [queries]
 
   RoundedWorkspace(std::byte* memory, std::int64_t count, std::int64_t head_dim)
@@ -26,13 +24,11 @@ struct RoundedWorkspace {
         values(keys + head_dim * kChunk),
         half(values + round_up(head_dim, kWidth) * kChunk),
         scores(reinterpret_cast<float*>(half + 2 * round_up(head_dim, kWidth))),
-        ones(scores + 2 * kRoundedRows * kChunk),
-        factors(ones + kWidth),
-        ranges(reinterpret_cast<Range*>(factors + round_up(count, 16))) {}
+        ranges(reinterpret_cast<Range*>(scores + 2 * kRoundedRows * kChunk)) {}
   static std::size_t bytes(std::int64_t count, std::int64_t head_dim) {
     const std::int64_t stride = round_up(head_dim, kWidth);
     const std::int64_t halves = count * (kRoundedStride + kChunk) + (head_dim + stride) * kChunk + 2 * stride;
-    const std::int64_t floats = 2 * kRoundedRows * kChunk + kWidth + 3 * round_up(count, 16);
+    const std::int64_t floats = 2 * kRoundedRows * kChunk + 2 * round_up(count, 16);
     return static_cast<std::size_t>(halves) * sizeof(std::uint16_t) + static_cast<std::size_t>(floats) * sizeof(float);
   }
 };
@@ -70,10 +66,9 @@ class RoundedSpan : BlockSpan<E> {
     for (int p = 0; p < kPages; ++p) {
       const std::int64_t entry = at + p * kPageTokens;
       if (entry + kPageTokens <= begin_ || entry >= end_) continue;
-      const auto *from = page(entry), *next = page_ahead(entry + kChunk);
-      pair_keys<E>(from, next, depth, w_.keys + p * kLine);
-      pair_values<E>(from + kPageTokens * depth, next + kPageTokens * depth, depth, state_.stride,
-                     w_.values + p * kPageTokens * state_.stride);
+      const auto* from = page(entry);
+      pair_keys<E>(from, depth, w_.keys + p * kLine);
+      pair_values<E>(from + kPageTokens * depth, depth, state_.stride, w_.values + p * kPageTokens * state_.stride);
     }
   }
 
@@ -85,46 +80,90 @@ class RoundedSpan : BlockSpan<E> {
     }
     if (vectors_seen(0, count_) == 0) return;
     kDirectScores<E>.by_rows[count_ - 1](w_.queries, keys, next, a_.head_dim, w_.scores);
-    weigh_tile(0, count_, w_.scores);
+    hide(w_.scores, count_, ranges_);
+    raise(0, count_, ~0u, w_.scores);
+    Unweighed all = unweighed(0, count_, w_.scores);
+    weigh_all(all);
     by_range(0, count_,
              [&](std::int64_t begin, std::int64_t end, const Range& range) { add_values(begin, end, range); });
   }
 
-  // Weights follow one tile behind the scores: what they wait for is there, and the CPU works at both.
+  // Scores of a tile are weighed while those of the next one are multiplied.
   void run_chunk() const {
-    const std::int64_t tiles = (count_ + kRoundedRows - 1) / kRoundedRows;
-    const auto first = [&](std::int64_t tile) { return count_ * tile / tiles; };
-    const auto scores = [&](std::int64_t tile) { return w_.scores + tile % 2 * kRoundedRows * kChunk; };
-    for (std::int64_t t = 0; t < tiles; ++t) {
-      score(first(t), first(t + 1), scores(t));
-      if (t > 0) weigh_tile(first(t - 1), first(t), scores(t - 1));
+    Unweighed before = unweighed(0, 0, nullptr);
+    float* scores = w_.scores;
+    by_tile([&](std::int64_t begin, std::int64_t end) {
+      const int vecs = vectors_seen(begin, end);
+      if (vecs == 0) return;
+      const auto& multiply = vecs > kHalf ? kRoundedScores<kVecs> : kRoundedScores<kHalf>;
+      unsigned raised = multiply.by_rows[end - begin - 1](w_.queries + begin * kRoundedStride, w_.keys, a_.head_dim,
+                                                          state_.tops + begin, scores, before);
+      if (!whole_) {
+        hide(scores, end - begin, ranges_ + begin);
+        raised = ~0u;
+      }
+      raise(begin, end, raised, scores);
+      before = unweighed(begin, end, scores);
+      scores = scores == w_.scores ? w_.scores + kRoundedRows * kChunk : w_.scores;
+    });
+    weigh_all(before);
+    const auto add = [&](std::int64_t begin, std::int64_t end, const Range& range) { add_values(begin, end, range); };
+    NextChunk next(*this);
+    by_tile([&](std::int64_t begin, std::int64_t end) {
+      next.ask();
+      whole_ ? add_pairs(begin, end, 0, w_.values, kChunk / 2) : by_range(begin, end, add);
+    });
+  }
+
+  std::int64_t tiles() const { return (count_ + kRoundedRows - 1) / kRoundedRows; }
+
+  template <class Fn>
+  void by_tile(Fn fn) const {
+    const std::int64_t rows = count_ / tiles(), longer = count_ % tiles();
+    for (std::int64_t t = 0, begin = 0; begin < count_; ++t) {
+      const std::int64_t end = begin + rows + (t < longer ? 1 : 0);
+      fn(begin, end);
+      begin = end;
     }
-    weigh_tile(first(tiles - 1), count_, scores(tiles - 1));
-    for (std::int64_t t = 0; t < tiles; ++t)
-      by_range(first(t), first(t + 1),
-               [&](std::int64_t begin, std::int64_t end, const Range& range) { add_values(begin, end, range); });
   }
 
-  void score(std::int64_t begin, std::int64_t end, float* scores) const {
-    const std::uint16_t* const queries = w_.queries + begin * kRoundedStride;
-    const auto rows = end - begin - 1;
-    const int vecs = vectors_seen(begin, end);
-    if (vecs > kHalf) return kRoundedScores<kVecs>.by_rows[rows](queries, w_.keys, a_.head_dim, scores);
-    if (vecs > 0) kRoundedScores<kHalf>.by_rows[rows](queries, w_.keys, a_.head_dim, scores);
+  // Asks for the pages of the next chunk, for some lines with each tile: all at once would have to wait.
+  class NextChunk {
+   public:
+    explicit NextChunk(const RoundedSpan& s)
+        : lines_(s.at_ + kChunk < s.last_ ? kv_head_elements(s.a_.head_dim) * std::int64_t{sizeof(typename E::T)} / 64
+                                          : 0),
+          step_((lines_ + s.tiles() - 1) / s.tiles()) {
+      for (int p = 0; p < kPages; ++p)
+        pages_[p] = reinterpret_cast<const char*>(s.page_ahead(s.at_ + kChunk + p * kPageTokens));
+    }
+    void ask() {
+      for (const std::int64_t stop = min64(lines_, line_ + step_); line_ < stop; ++line_)
+        for (const char* page : pages_) __builtin_prefetch(page + line_ * 64, 0, 2);
+    }
+
+   private:
+    const char* pages_[kPages];
+    std::int64_t lines_, step_;
+    std::int64_t line_ = 0;
+  };
+
+  // Raises the tops of those queries whose bits are set.
+  void raise(std::int64_t begin, std::int64_t end, unsigned raised, const float* scores) const {
+    for (std::int64_t i = begin; i < end && raised != 0; ++i, raised >>= 1, scores += kChunk)
+      if ((raised & 1) != 0)
+        raise_top(scores, state_.tops[i], state_.totals + i * kWidth, state_.sums + i * state_.stride, state_.stride);
   }
 
-  void weigh_tile(std::int64_t begin, std::int64_t end, const float* scores) const {
-    if (vectors_seen(begin, end) > 0)
-      weigh_rounded(scores, static_cast<int>(end - begin), ranges_ + begin, state_.tops + begin,
-                    state_.totals + begin * kWidth, w_.factors + begin, w_.weights + begin * kChunk);
+  Unweighed unweighed(std::int64_t begin, std::int64_t end, const float* scores) const {
+    return {scores, state_.tops + begin, state_.totals + begin * kWidth, w_.weights + begin * kChunk, 2 * (end - begin),
+            &kExp2};
   }
 
   // Of a pair that is seen by half, the other half is no factor at all.
   void add_values(std::int64_t begin, std::int64_t end, const Range& range) const {
-    const float* factors = w_.factors + begin;
     const auto add = [&](std::int64_t entry, const std::uint16_t* values, std::int64_t pairs) {
-      add_pairs(begin, end, entry, values, pairs, factors);
-      factors = w_.ones;
+      add_pairs(begin, end, entry, values, pairs);
     };
     std::int64_t entry = range.begin;
     if (entry % 2 != 0) {
@@ -132,17 +171,9 @@ class RoundedSpan : BlockSpan<E> {
       ++entry;
     }
     const std::int64_t pairs = (range.end - entry) / 2;
-    if (direct_) {
-      for (const std::int64_t stop = entry + 2 * pairs; entry < stop;) {
-        const std::int64_t count = min64(stop, (entry / kPageTokens + 1) * kPageTokens) - entry;
-        add_direct(begin, end, entry, count / 2, factors);
-        factors = w_.ones;
-        entry += count;
-      }
-    } else if (pairs > 0) {
-      add(entry, w_.values + entry * state_.stride, pairs);
-      entry += 2 * pairs;
-    }
+    if (pairs > 0)
+      direct_ ? add_direct(begin, end, entry, pairs) : add(entry, w_.values + entry * state_.stride, pairs);
+    entry += 2 * pairs;
     if (entry < range.end) add(entry, seen_half(entry), 1);
   }
 
@@ -161,13 +192,19 @@ class RoundedSpan : BlockSpan<E> {
     return w_.half;
   }
 
-  void add_direct(std::int64_t begin, std::int64_t end, std::int64_t entry, std::int64_t pairs,
-                  const float* factors) const {
-    const std::int64_t depth = a_.head_dim, row = (kPageTokens + entry % kPageTokens) * depth;
-    const auto *values = page(at_ + entry) + row, *next = page_ahead(at_ + kChunk + entry) + row;
+  void add_direct(std::int64_t begin, std::int64_t end, std::int64_t entry, std::int64_t pairs) const {
+    Stretch<E> stretches[kPages];
+    std::int64_t count = 0;
+    for (std::int64_t at = entry; pairs > 0; ++count) {
+      const std::int64_t taken = min64(pairs, (kPageTokens - at % kPageTokens) / 2);
+      const std::int64_t row = (kPageTokens + at % kPageTokens) * a_.head_dim;
+      stretches[count] = {page(at_ + at) + row, page_ahead(at_ + kChunk + at) + row, taken};
+      at += 2 * taken;
+      pairs -= taken;
+    }
     const auto add = [&](const auto& tiles, std::int64_t column) {
-      tiles.by_rows[end - begin - 1](w_.weights + begin * kChunk + entry, values + column, next + column, pairs, depth,
-                                     factors, state_.sums + begin * depth + column);
+      tiles.by_rows[end - begin - 1](w_.weights + begin * kChunk + entry, stretches, count, a_.head_dim, column,
+                                     state_.sums + begin * a_.head_dim);
     };
     by_columns([&](std::int64_t column) { add(kDirectValues<E, kVecs>, column); },
                [&](std::int64_t column) { add(kDirectValues<E, kHalf>, column); },
@@ -175,9 +212,9 @@ class RoundedSpan : BlockSpan<E> {
   }
 
   void add_pairs(std::int64_t begin, std::int64_t end, std::int64_t entry, const std::uint16_t* values,
-                 std::int64_t pairs, const float* factors) const {
+                 std::int64_t pairs) const {
     const auto add = [&](const auto& tiles, std::int64_t column) {
-      tiles.by_rows[end - begin - 1](w_.weights + begin * kChunk + entry, values + 2 * column, pairs, factors,
+      tiles.by_rows[end - begin - 1](w_.weights + begin * kChunk + entry, values + 2 * column, pairs,
                                      state_.sums + begin * state_.stride + column, state_.stride);
     };
     by_columns([&](std::int64_t column) { add(kRoundedValues<kVecs>, column); },
@@ -197,7 +234,7 @@ class RoundedSpan : BlockSpan<E> {
   }
 
   using Base::a_, Base::b_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_;
-  using Base::by_range, Base::page, Base::page_ahead, Base::set_ranges, Base::vectors_seen;
+  using Base::by_range, Base::page, Base::page_ahead, Base::set_ranges, Base::vectors_seen, Base::whole_;
 
   RoundedWorkspace w_;
   const bool direct_ = count_ <= kDirectRows && a_.head_dim % kWidth == 0;  // whether nothing is converted
@@ -211,7 +248,6 @@ inline std::size_t rounded_scratch_bytes(const AttentionArgs& a, std::int64_t qu
 inline void prepare_rounded(const AttentionArgs& a, const AttentionBlock& b, std::byte* scratch) {
   const std::int64_t count = b.rows * a.group;
   const RoundedWorkspace w(scratch, count, a.head_dim);
-  store_f32(w.ones, set1(1.0f));
   const VecF factor = set1(a.scale * 1.44269504f);
   std::uint16_t* to = w.queries;
   for (std::int64_t i = 0; i < count; ++i, to += kRoundedStride) {

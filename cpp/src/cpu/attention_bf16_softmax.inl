@@ -2,55 +2,101 @@
 // mean of values.
 #pragma once
 
-#include "cpu/attention_bf16_tile.inl"
+#include "cpu/attention_bf16_pairs.inl"
 
 namespace qtale::cpu::attending {
 namespace {
 
-// A score may be so much larger than what it is compared with: rescaling what was summed before is rare then.
-constexpr float kSlack = 8.0f;
+// Scores may be so much larger than what they are compared with, and that is so much larger than the largest one that
+// was there when it was raised. So what was summed before is rarely rescaled.
+constexpr float kSlack = 32.0f, kReserve = 16.0f;
 
-// 2^x for x <= 100 within 2^-13, which bf16 does not tell from exact. Nothing is below 2^-100, a weight that no sum
-// notices: numbers that are not normal are slow.
-QTALE_INLINE VecF exp2_rounded(VecF x) {
-  const VecF kept = max(set1(-100.0f), x);  // NaN stays
-  const VecF biased = add(kept, set1(kBias));
-  const VecF f = sub(kept, sub(biased, set1(kBias)));
-  VecF sum = set1(0.0551716723f);
-  for (const float coefficient : {0.242611125f, 0.693260968f, 0.999928057f})
-    sum = multiply_add(sum, f, set1(coefficient));
-  return mul(sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(biased), 23)));
+// 2^(j / 16) times the slope of 2^r, less the bits that j leaves where the whole number joins the exponent.
+struct Exp2Table {
+  alignas(64) std::uint32_t powers[16] = {0x3f317662, 0x3f3151c2, 0x3f31862f, 0x3f32179a, 0x3f330a22, 0x3f346213,
+                                          0x3f3623ea, 0x3f385459, 0x3f3af843, 0x3f3b0a63, 0x3f38d79d, 0x3f36e698,
+                                          0x3f353a3f, 0x3f33d59a, 0x3f32bbd8, 0x3f31f048};
+  float lowest = -100.0f;      // a weight that no sum notices: numbers that are not normal are slow
+  float bias = 786432.0f;      // 1.5 * 2^19: a sum with it is rounded to 16ths
+  float offset = 1.44273019f;  // 2^r for |r| <= 1/32 is a line through -offset
+  std::uint32_t ones = 0x3f803f80;
+};
+inline constexpr Exp2Table kExp2;
+
+// 2^x for x <= 100 within 2^-13, which bf16 does not tell from exact. One multiplication, because others wait for the
+// units that multiply.
+QTALE_INLINE VecF exp2_rounded(VecF x, const Exp2Table* table) {
+  const VecF kept = max(set1(table->lowest), x);  // NaN stays
+  const VecF biased = add(kept, set1(table->bias));
+  const VecF rest = add(sub(kept, sub(biased, set1(table->bias))), set1(table->offset));
+  const __m512i bits = _mm512_castps_si512(biased);
+  const __m512i power = _mm512_permutexvar_epi32(bits, _mm512_load_si512(table->powers));
+  return mul(_mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_slli_epi32(bits, 19))), rest);
 }
 
-// Turns the scores of a tile into weights [queries][kChunk] as weigh() does.
-inline void weigh_rounded(const float* scores, int queries, const Range* ranges, float* tops, float* totals,
-                          float* factors, std::uint16_t* weights) {
-  const auto one = reinterpret_cast<Pairs>(_mm512_set1_epi32(0x3f803f80));
-  for (int i = 0; i < queries; ++i) {
+// Weights of two vectors of scores of a query. The first is complete before the second begins: beside the sums of a
+// tile there are registers for one.
+QTALE_INLINE void weigh_half(const float* scores, float top, float* total, std::uint16_t* weights,
+                             const Exp2Table* table) {
+  VecF first = exp2_rounded(sub(load_f32(scores), set1(top)), table);
+  asm volatile("" : "+v"(first) : : "memory");
+  const VecF second = exp2_rounded(sub(load_f32(scores + kWidth), set1(top)), table);
+  const Pairs rounded = _mm512_cvtne2ps_pbh(second, first);
+  _mm512_storeu_si512(weights, reinterpret_cast<__m512i>(rounded));
+  VecF sum = load_f32(total);
+  accumulate_pairs(sum, rounded, reinterpret_cast<Pairs>(_mm512_set1_epi32(static_cast<int>(table->ones))));
+  store_f32(total, sum);
+}
+
+// Scores of queries that wait to be turned into weights, half a chunk of a query at a time.
+struct Unweighed {
+  const float* scores;     // [queries, kChunk]
+  const float* tops;       // [queries]
+  float* totals;           // [queries, kWidth]
+  std::uint16_t* weights;  // [queries, kChunk]
+  std::int64_t halves;     // that wait
+  const Exp2Table* table;
+};
+constexpr std::int64_t kHalfChunk = kChunk / 2;
+
+QTALE_INLINE void weigh_next(Unweighed& u) {
+  weigh_half(u.scores, *u.tops, u.totals, u.weights, u.table);
+  const std::int64_t done = u.halves & 1;  // halves come in pairs: the second completes a query
+  u.scores += kHalfChunk;
+  u.weights += kHalfChunk;
+  u.tops += done;
+  u.totals += done * kWidth;
+  --u.halves;
+}
+
+inline void weigh_all(Unweighed& u) {
+  while (u.halves > 0) weigh_next(u);
+}
+
+// Whether a score rises above what `top` bears.
+QTALE_INLINE bool above(VecF most, float top) { return not_le(most, add(set1(top), set1(kSlack))) != 0; }
+
+// Hides what the queries of a tile do not see.
+inline void hide(float* scores, std::int64_t queries, const Range* ranges) {
+  for (std::int64_t i = 0; i < queries; ++i, scores += kChunk) {
+    if (ranges[i].all()) continue;
     VecF x[kVecs];
-    load_scores(scores + i * kChunk, ranges[i], x);
-    const VecF most = max(max(x[0], x[1]), max(x[2], x[3]));
-    VecF total = load_f32(totals + i * kWidth);
-    factors[i] = 1.0f;
-    if (not_le(most, set1(tops[i] + kSlack)) != 0) {
-      const float before = tops[i], top = reduce_max(most);
-      tops[i] = top > before ? top : before;
-      // What saw nothing yet has sums of zero, which no factor changes.
-      if (before > -FLT_MAX) {
-        const VecF factor = exp2_down(set1(before - tops[i]));
-        factors[i] = _mm512_cvtss_f32(factor);
-        total = mul(total, factor);
-      }
-    }
-    const VecF top = set1(tops[i]);
-    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { x[p] = exp2_rounded(sub(x[p], top)); });
-    const Pairs first = _mm512_cvtne2ps_pbh(x[1], x[0]), second = _mm512_cvtne2ps_pbh(x[3], x[2]);
-    _mm512_storeu_si512(weights + i * kChunk, reinterpret_cast<__m512i>(first));
-    _mm512_storeu_si512(weights + i * kChunk + kLine, reinterpret_cast<__m512i>(second));
-    accumulate_pairs(total, first, one);
-    accumulate_pairs(total, second, one);
-    store_f32(totals + i * kWidth, total);
+    load_scores(scores, ranges[i], x);
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { store_f32(scores + p * kWidth, x[p]); });
   }
+}
+
+// Raises the top of a query where its scores need it, and rescales what was summed so far.
+inline void raise_top(const float* scores, float& top, float* total, float* sums, std::int64_t stride) {
+  const auto at = [&](int p) { return load_f32(scores + p * kWidth); };
+  const VecF most = max(max(at(0), at(1)), max(at(2), at(3)));
+  if (!above(most, top)) return;
+  const float before = top, wanted = reduce_max(most) + kReserve;
+  top = wanted > before ? wanted : before;
+  if (before == -FLT_MAX) return;  // what saw nothing yet has sums of zero
+  const VecF factor = exp2_down(set1(before - top));
+  store_f32(total, mul(load_f32(total), factor));
+  for (std::int64_t d = 0; d < stride; d += kWidth) store_f32(sums + d, mul(load_f32(sums + d), factor));
 }
 
 }  // namespace

@@ -97,7 +97,7 @@ struct AttentionBlock {
 
 // Softmax runs over spans of entries that begin at multiples of this; what the spans give is merged in their order. So
 // threads may share a row and no bit depends on whether they do.
-inline constexpr std::int64_t kAttentionSpan = 512;
+inline constexpr std::int64_t kAttentionSpan = 1024;
 
 struct AttentionKernel {
   std::int64_t queries;  // of the blocks it likes best
