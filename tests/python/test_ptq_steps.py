@@ -22,8 +22,10 @@ from qtale.ptq.awq import scale_inputs
 from qtale.ptq.layer import LayerSolver
 from qtale.ptq.magr import largest_eigenvalue, shrink_magnitudes
 from qtale.ptq.matrix import inverse_factor
+from qtale.ptq.recipe import recipe_of
 from qtale.ptq.streams import DENSE, QUANTIZED, Streams
 from qtale.ptq.worklist import list_work
+from qtale.spec import ResolvedSpec
 
 
 def problem(rows: int, size: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,3 +151,13 @@ def test_hidden_states_that_are_not_finite_name_the_layer(tmp_path: Path) -> Non
     with pytest.raises((CheckpointError, InputError), match=r"layers?[ .]1"):
         qtale.quantize(path, tmp_path / "out", QuantSpec(4, 32), method="gptq", tokens=some_tokens(), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("group_size", [0, 64])
+def test_ranges_after_magr_are_searched_before_gptq_and_shrunk_before_rounding(group_size: int) -> None:
+    spec = ResolvedSpec(3, group_size, True)
+    searched, rounded = (recipe_of(SolverOptions(method), spec) for method in ("magr+gptq", "magr+rtn"))
+    assert searched.search == recipe_of(SolverOptions("gptq"), spec).search > 1
+    assert searched.shrink == 1
+    assert rounded.search == 1
+    assert rounded.shrink == (0.95 if group_size else 0.9)

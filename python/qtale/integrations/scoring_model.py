@@ -66,7 +66,7 @@ def load_model(
     UnsupportedError, NetworkError.
     """
     if compute not in COMPUTE:
-        raise InputError(f"compute {compute!r} is no mode of PyTorch's layers; use 'int8' or 'float', or the engine.")
+        raise InputError(f"compute {compute!r} is not known to PyTorch's layers; use 'int8' or 'float', or the engine.")
     folder = model_folder(model)
     if not is_quantized(folder):
         # Scales take the stored type, so that the model equals the folder that `qtale quantize` writes.

@@ -20,12 +20,13 @@ def shrink_magnitudes(
     Minimises 1/2 (w - w0)^T H (w - w0) / lambda_max(H) + alpha * ||w||_inf for each by proximal gradient steps of size
     1; the objective falls with every step.
     """
-    from qtale import solve
+    from qtale import ops, solve
 
     scaled = hessian / (largest_eigenvalue(hessian) * _MARGIN)
     found = weight.clone()
     for _ in range(iterations):
-        found = solve.prox_linf(found.sub_((found - weight) @ scaled), alpha, group_size)
+        # The matrix is symmetric, so it is its own transpose.
+        found = solve.prox_linf(found.sub_(ops.matmul(found - weight, scaled)), alpha, group_size)
     return found
 
 
