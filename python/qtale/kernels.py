@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from qtale import _core
 from qtale.errors import InputError
+from qtale.spec import DENSE_COMPUTE
 from qtale.tensors import contiguous, dtype_name, empty, is_torch, memory
 
 if TYPE_CHECKING:
     from qtale.tensors import Array
 
-# Ways to multiply with weights that are not quantized.
-DENSE_COMPUTE = ("float", "bfloat16")
 PREPACKED_FIELDS = ("out_features", "in_features", "groups", "num_bits", "symmetric", "scale_dtype")
 
 

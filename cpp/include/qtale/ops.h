@@ -14,7 +14,7 @@ namespace qtale {
 //          |y - y_exact| <= (in + 56) * 2^-24 * sum_k (|code_k| + |zero_point| + 2^b) * scale * max(|x_k|, 2^-96).
 //          float32 activations are exact but for two cases: weights below 8 bits meet them as sums of two bf16 numbers
 //          with AVX-512 BF16; AVX2 keeps them to 2^-24 of the largest of 128, and a row with inf or NaN becomes NaN.
-//   bfloat16 is for weights that are not quantized, see matmul; qmatmul takes it for float.
+//   bfloat16 is for weights that are not quantized, see matmul; qmatmul takes it for float, as matmul takes int8.
 // In all modes a row of y depends on its row of x alone, bit for bit.
 // Rounding to the dtype of y comes on top.
 enum class Compute : std::uint8_t { int8, floating, bfloat16 };
