@@ -27,9 +27,9 @@ void qmatmul(const std::uint8_t* buffer, std::int64_t bytes, std::int64_t rows, 
 // values and indices [rows, k]; throws InputError naming the first row whose products hold NaN.
 void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
                   std::int64_t k, float* values, std::int32_t* indices);
-// out [rows, entries].
-void matmul(const ProjectKernel& kernel, const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix,
-            std::int64_t entries, const ProjectOut& out);
+// out [rows, entries]; throws InputError where the kernels in use lack the mode.
+void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
+            const ProjectOut& out, Compute compute);
 void compact_rows(const CompactArgs& args, std::int64_t count);
 void scatter_add_rows(const ScatterArgs& args, std::int64_t count);
 // a [rows, a_size] and b [rows, b_size] with contiguous rows.

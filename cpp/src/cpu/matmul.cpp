@@ -1,7 +1,9 @@
 // The product of x with a matrix that is not quantized, over all threads.
 #include <algorithm>
 
+#include "core/text.h"
 #include "cpu/backend.h"
+#include "cpu/isa.h"
 #include "cpu/project.h"
 #include "cpu/scratch.h"
 #include "qtale/parallel.h"
@@ -12,6 +14,17 @@ namespace {
 constexpr std::int64_t kRowBlock = 512;     // rows of one pass over the matrix
 constexpr std::int64_t kPackGrain = 65536;  // elements of x worth a second thread
 constexpr std::int64_t kRunGrain = 262144;  // multiply-adds worth a second thread
+
+const ProjectKernel& kernel_for(Compute compute, std::int64_t in_features) {
+  const KernelTable& table = kernels();
+  if (compute != Compute::bfloat16) return table.project;
+  if (table.bf16_project == nullptr)
+    fail_input("matmul: {} has no products of bfloat16 numbers (AVX-512 BF16 has); compute in float.", table.name);
+  if (in_features % 2 != 0)
+    fail_input("matmul: bfloat16 numbers are multiplied by pairs, but x has {} features; compute in float.",
+               in_features);
+  return *table.bf16_project;
+}
 
 }  // namespace
 
@@ -28,8 +41,9 @@ void pack_rows(const ProjectKernel& kernel, const ProjectArgs& args) {
   });
 }
 
-void matmul(const ProjectKernel& kernel, const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix,
-            std::int64_t entries, const ProjectOut& out) {
+void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
+            const ProjectOut& out, Compute compute) {
+  const ProjectKernel& kernel = kernel_for(compute, depth);
   const std::int64_t block = rows_per_pass(kernel, rows), group = kernel.entry_group;
   thread_local Scratch packed;
   for (std::int64_t row = 0; row < rows; row += block) {
