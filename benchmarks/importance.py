@@ -166,7 +166,7 @@ def overlaps(sizes: Sizes, k: int) -> Row:
     return {**row, "samples": len(results["qtale"]), "disturbed": disturbed}
 
 
-def cases(threads: list[int], sizes: Sizes) -> Iterator[Callable[[], Row]]:
+def cases(threads: tuple[int, ...], sizes: Sizes) -> Iterator[Callable[[], Row]]:
     """The whole benchmark as functions that return a row; a matrix lives as long as its cases."""
 
     def on(count: int, measure: Callable[[], Row]) -> Row:
@@ -212,6 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write all results as JSON to FILE; '-' is standard output")
     parser.add_argument("--isa", help="kernels of this instruction set instead of the best one")
     parser.add_argument("--threads", metavar="N[,N…]", default="1", help="thread counts (default: 1)")
+    parser.add_argument("--rows", metavar="N[,N…]", help="rows of x (default: 1,32,128,1024)")
     parser.add_argument("--k", type=int, help="how many products of each row (default: 100)")
     parser.add_argument("--small", action="store_true", help="only the smaller vocabulary: half a GiB instead of six")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
@@ -222,7 +223,12 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
     """What the command line asks for."""
     sizes = QUICK if args.quick else Sizes()
     matrices = sizes.matrices[:1] if args.small else sizes.matrices
-    return Sizes(matrices, sizes.dtypes, sizes.rows, args.k or sizes.k, sizes.seconds, sizes.samples, sizes.sets)
+    rows = _counts(args.rows) if args.rows else sizes.rows
+    return Sizes(matrices, sizes.dtypes, rows, args.k or sizes.k, sizes.seconds, sizes.samples, sizes.sets)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def main() -> int:
@@ -232,7 +238,7 @@ def main() -> int:
         if args.isa:
             _core.set_cpu_isa(args.isa)
         sizes = sizes_of(args)
-        threads = [int(part) for part in args.threads.split(",")]
+        threads = _counts(args.threads)
         total = len(threads) * (len(sizes.matrices) * len(sizes.dtypes) * len(sizes.rows) + 2)
         rows = [case() for case in tqdm(cases(threads, sizes), "importance", total, file=sys.stderr)]
     except (Error, ValueError) as error:

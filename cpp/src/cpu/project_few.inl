@@ -6,10 +6,12 @@
 namespace qtale::cpu::projection {
 namespace {
 
+constexpr std::int64_t kAhead = 2560;  // bytes of each stream that are asked for in advance
+
 // Adds one block of Rows rows of x times Entries rows of the matrix where they lie to sums, or begins them.
 template <class Lane, class E, int Rows, int Entries>
 __attribute__((noipa)) void tile_few(const float* x, const typename E::T* matrix, std::int64_t stride,
-                                     std::int64_t depth, std::int64_t ahead, bool begins, float* sums) {
+                                     std::int64_t depth, bool begins, float* sums) {
   VecF acc[Rows][Entries];
   unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
     unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA { acc[r][e] = set1(0.0f); });
@@ -26,7 +28,7 @@ __attribute__((noipa)) void tile_few(const float* x, const typename E::T* matrix
 #pragma GCC unroll 1
   for (; matrix != end; matrix += kWidth * Lane::kNumbers, x += Rows * kWidth) {
     unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA {
-      __builtin_prefetch(reinterpret_cast<const char*>(matrix + e * stride) + ahead);
+      __builtin_prefetch(reinterpret_cast<const char*>(matrix + e * stride) + kAhead);
     });
     step([&](auto e) QTALE_INLINE_LAMBDA { return Lane::template load<E>(matrix + e * stride); });
   }
@@ -63,18 +65,18 @@ inline void few_entries(const ProjectArgs& a, std::int64_t entry, std::int64_t a
     const std::int64_t rows = min64(tile, a.rows - row);
     for (std::int64_t begin = 0; begin < depth || begin == 0; begin += block)
       kTiles.rows[rows - 1](x + begin * rows, matrix + begin * Lane::kNumbers, apart * a.matrix.stride,
-                            min64(block, depth - begin), Sink::kAhead, begin == 0, sums);
+                            min64(block, depth - begin), begin == 0, sums);
     for (std::int64_t r = 0; r < rows; ++r)
       for (int e = 0; e < Entries; ++e) sink.one(row + r, entry + e * apart, sums[r * Entries + e]);
   }
 }
 
-// Entries [begin, end) times all of few rows. A sink that takes them in any order is given those of as many streams as
-// the kernel has entries: memory is read faster so, and an odd distance keeps them out of each other's banks.
+// Entries [begin, end) times all of few rows, in as many streams as the kernel has entries: memory is read faster so,
+// and an odd distance keeps them out of each other's banks.
 template <class Lane, class E, int Entries, int MaxRows, class Sink>
 void few_rows(const ProjectArgs& a, std::int64_t begin, std::int64_t end, const Sink& sink) {
   while (end - begin >= Entries) {
-    const std::int64_t most = Sink::kAnyOrder ? (end - begin) / Entries : 1;
+    const std::int64_t most = (end - begin) / Entries;
     const std::int64_t apart = most - (most > 1 && most % 2 == 0);
     for (std::int64_t i = 0; i < apart; ++i) few_entries<Lane, E, Entries, MaxRows>(a, begin + i, apart, sink);
     begin += apart * Entries;

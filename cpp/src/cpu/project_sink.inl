@@ -8,15 +8,14 @@ namespace qtale::cpu::projection {
 namespace {
 
 struct Offer {
-  static constexpr bool kAnyOrder = false;
-  static constexpr std::int64_t kAhead = 8192;  // bytes that few rows ask for in advance
   Candidates& c;
 
+  // Entries come in any order: one that equals the threshold may be the smaller entry, the better of the two.
   void one(std::int64_t row, std::int64_t entry, float sum) const {
-    if (!(sum <= c.thresholds[row])) offer(c, row, entry, sum);
+    if (!(sum < c.thresholds[row])) offer(c, row, entry, sum);
   }
 
-  // Sums [count][Vecs * kWidth] of the rows of one panel.
+  // Sums [count][Vecs * kWidth] of the rows of one panel, whose entries come in ascending order.
   template <int Vecs>
   void panel(const float* sums, std::int64_t entry, std::int64_t count, std::int64_t first_row,
              std::int64_t rows) const {
@@ -35,8 +34,6 @@ struct Offer {
 };
 
 struct Store {
-  static constexpr bool kAnyOrder = true;
-  static constexpr std::int64_t kAhead = 2560;  // of each of several streams
   const ProjectOut& out;
 
   void one(std::int64_t row, std::int64_t entry, float sum) const {

@@ -113,7 +113,7 @@ struct Problem {
   std::int64_t k;
 };
 
-// Every finder takes the next chunk of entries until none is left, so each meets its entries in ascending order.
+// Every finder takes the next chunk of entries until none is left, so each meets ascending chunks.
 void find_candidates(const Problem& p, std::vector<Finder>& finders) {
   const auto threads = static_cast<std::int64_t>(finders.size());
   const std::int64_t tiles = ceil_div(p.entries, p.kernel.entry_tile);

@@ -1,4 +1,4 @@
-// The best products of every row that one thread has met, offered one by one in ascending order of entries.
+// The best products of every row that one thread has met, offered one by one.
 #pragma once
 
 #include <bit>
