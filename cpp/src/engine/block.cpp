@@ -99,12 +99,6 @@ class Block {
     }
   }
 
-  // Attention may round what it multiplies where the layer rounds what goes in and what comes out anyway.
-  Compute attention_compute() const {
-    const bool packed = is_packed(in_.layer.qkv) && is_packed(in_.layer.o);
-    return packed || spec_.compute == Compute::bfloat16 ? spec_.compute : Compute::floating;
-  }
-
   // Attention of the wanted rows, which are rows of qkv as `cached` lists them.
   TensorView attend(const TensorView& qkv, Rows cached) {
     const TensorView q = wanted_queries(qkv, cached);
@@ -127,7 +121,7 @@ class Block {
     }
     const TensorView out = memory_.matrix(Buffer::attention, rows, queries());
     attention(heads_of(q, spec_.head_dim), runs, indices_of(begins), indices_of(ends), spec_.num_kv_heads,
-              spec_.kv_dtype, spec_.attention_scale, heads_of(out, spec_.head_dim), attention_compute());
+              spec_.kv_dtype, spec_.attention_scale, heads_of(out, spec_.head_dim), rounding_of(spec_, in_.layer));
     return out;
   }
 
@@ -167,6 +161,11 @@ class Block {
 };
 
 }  // namespace
+
+Compute rounding_of(const DecoderSpec& spec, const DecoderLayer& layer) {
+  const bool packed = is_packed(layer.qkv) && is_packed(layer.o);
+  return packed || spec.compute == Compute::bfloat16 ? spec.compute : Compute::floating;
+}
 
 void run_block(const BlockInput& input, Workspace& workspace) { Block(input, workspace).run(); }
 

@@ -24,6 +24,9 @@ struct BlockInput {
   TensorView residual;                     // [rows, hidden], changed in place
 };
 
+// What attention and the router of a layer may round when they multiply: what its Linears round in any case.
+Compute rounding_of(const DecoderSpec& spec, const DecoderLayer& layer);
+
 void run_block(const BlockInput& input, Workspace& workspace);
 
 }  // namespace qtale::engine

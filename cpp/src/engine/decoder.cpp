@@ -169,7 +169,8 @@ std::vector<std::int32_t> Decoder::Impl::executed_rows(std::size_t index, const 
   const std::optional<Router>& router = spec.layers[index].router;
   if (depth) return (*depth)[index] ? batch.all : std::vector<std::int32_t>{};
   if (!router) return batch.all;
-  const std::vector<float> probabilities = engine::execution_probabilities(*router, x, workspace_);
+  const std::vector<float> probabilities =
+      engine::execution_probabilities(*router, x, engine::rounding_of(spec, spec.layers[index]), workspace_);
   std::vector<std::int32_t> rows;
   for (std::size_t r = 0; r < probabilities.size(); ++r)
     if (batch.positions[r] < forced || probabilities[r] >= theta) rows.push_back(static_cast<std::int32_t>(r));

@@ -8,7 +8,9 @@
 
 namespace qtale::engine {
 
-// Probability to execute for each row of x [rows, hidden], the raw residual stream.
-std::vector<float> execution_probabilities(const Router& router, const TensorView& x, Workspace& workspace);
+// Probability to execute for each row of x [rows, hidden], the raw residual stream. Unless `rounding` is
+// Compute::floating, the products of x are those of bfloat16 numbers where the CPU has such.
+std::vector<float> execution_probabilities(const Router& router, const TensorView& x, Compute rounding,
+                                           Workspace& workspace);
 
 }  // namespace qtale::engine
