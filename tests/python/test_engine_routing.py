@@ -139,6 +139,29 @@ def test_batches_chunks_and_decoding_route_as_one_pass_does(
             assert np.array_equal(engine.logits(tokens), expected)
 
 
+def test_int8_routes_alike_however_tokens_come_and_nearly_as_float_does(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Routers of quantized layers may round what they multiply.
+    folder = routed(dense, tmp_path / "model")
+    with qtale.load(folder, bits=8, compute="int8", progress=False) as engine:
+        whole, executed = [], []
+        for tokens in prompts():
+            whole.append(engine.logits(tokens))
+            executed.append(engine.report.executed)
+        generated = engine.generate(prompts(), 20, ignore_end=True)
+        for tokens, generation in zip(prompts(), generated, strict=True):
+            assert engine.generate(tokens, 20, ignore_end=True).tokens == generation.tokens
+        monkeypatch.setattr("qtale.engine.engine.PASS_TOKENS", 16)
+        for tokens, expected, counts in zip(prompts(), whole, executed, strict=True):
+            assert np.array_equal(engine.logits(tokens), expected)
+            assert engine.report.executed == counts
+    with qtale.load(folder, bits=8, compute="float", progress=False) as engine:
+        for tokens, counts in zip(prompts(), executed, strict=True):
+            engine.logits(tokens)
+            assert np.abs(np.subtract(engine.report.executed, counts)).max() <= max(1, len(tokens) // 20)
+
+
 def test_scores_with_shared_contexts_are_those_of_the_dense_form(dense: Path, tmp_path: Path) -> None:
     folder = routed(dense, tmp_path / "model")
     model = qtale.load_torch(folder)
