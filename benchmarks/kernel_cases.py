@@ -196,11 +196,33 @@ def sweep(weights: Weights, sizes: Sizes) -> Row:
         steps.append(
             {"rows": rows, "rows_per_second": rates[rows], "best_smaller": best, "ratio": float(np.median(ratios))}
         )
+    return sweep_row(weights.kernel.name, steps, repeats)
+
+
+def sweep_row(name: str, steps: list[Row], samples: int) -> Row:
+    """The worst step."""
     worst = min(steps, key=lambda step: step["ratio"])
-    result = Paired(rates[worst["rows"]], rates[worst["best_smaller"]], worst["ratio"], 0, repeats, 0)
-    name = f"rows 1-{MOST_ROWS} {weights.kernel.name}"
+    rate: float = worst["rows_per_second"]
+    result = Paired(rate, rate / worst["ratio"], worst["ratio"], 0, samples, 0)
     limit = f"M={worst['rows']} against M={worst['best_smaller']}"
-    return make_row(name, "rows/s", result, limit, 1.0 - FALL, steps=steps)
+    return make_row(f"rows 1-{MOST_ROWS} {name}", "rows/s", result, limit, 1.0 - FALL, steps=steps)
+
+
+def median_row(rows: list[Row]) -> Row:
+    """What several runs say of one kernel: the run whose share is the median, for sweeps the medians of every step."""
+    middle = sorted(rows, key=lambda row: row["share"] or row["value"])[len(rows) // 2]
+    if "steps" not in middle:
+        return middle
+    steps = []
+    for same in zip(*(row["steps"] for row in rows), strict=True):
+        ratios = [step["ratio"] for step in same]
+        step = sorted(same, key=lambda step: step["ratio"])[len(same) // 2]
+        steps.append({**step, "ratio": float(np.median(ratios))})
+    merged = sweep_row("", steps, sum(row["samples"] for row in rows))
+    return {
+        **middle,
+        **{key: merged[key] for key in ("value", "limit", "limit_name", "share", "ok", "samples", "steps")},
+    }
 
 
 def copy_limit(size: int) -> Callable[[], float]:

@@ -19,6 +19,7 @@ from kernel_cases import (
     Sizes,
     Weights,
     decode,
+    median_row,
     prefill,
     prepacking,
     quantize_and_dequantize,
@@ -86,20 +87,23 @@ def tasks(threads: list[int], sizes: Sizes, only: list[str]) -> Iterator[Callabl
         yield lambda m=measure, b=bits: list(on_threads(f"prepack unprepack W{b}", m, threads, wanted))
 
 
-def run(threads: list[int], sizes: Sizes, only: list[str]) -> dict[str, Any]:
+def run(threads: list[int], sizes: Sizes, only: list[str], runs: int) -> dict[str, Any]:
     """All results as one JSON object; rates per second in bytes, operations, rows or weights."""
     result: dict[str, Any] = {
         "benchmark": "kernels",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine(),
     }
-    result.update(quick=sizes is QUICK, limits=[], results=[])
+    result.update(quick=sizes is QUICK, runs=runs, limits=[], results=[])
     for count in threads:
         _core.set_num_threads(count)
         result["limits"].append(machine_limits(sizes))
-    for task in tqdm(list(tasks(threads, sizes, only)), desc="kernels", file=sys.stderr):
-        rows = task()
-        result["results"] += [{**row, "target": None, "ok": None} for row in rows] if result["quick"] else rows
+    found: dict[tuple[str, int], list[Row]] = {}
+    for task in tqdm(list(tasks(threads, sizes, only)) * runs, desc="kernels", file=sys.stderr):
+        for row in task():
+            found.setdefault((row["kernel"], row["threads"]), []).append(row)
+    rows = [median_row(same) for same in found.values()]
+    result["results"] += [{**row, "target": None, "ok": None} for row in rows] if result["quick"] else rows
     return result
 
 
@@ -149,6 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write all results as JSON to FILE; '-' is standard output")
     parser.add_argument("--isa", help="kernels of this instruction set instead of the best one")
     parser.add_argument("--threads", metavar="N[,N…]", help="thread counts (default: 1 and 2)")
+    parser.add_argument("--runs", type=int, default=1, metavar="N", help="medians of so many runs of everything")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that everything runs, not how fast")
     parser.add_argument(
         "--only",
@@ -173,7 +178,7 @@ def main() -> int:
     try:
         if args.isa:
             _core.set_cpu_isa(args.isa)
-        result = run(thread_counts(args.threads), QUICK if args.quick else Sizes(), args.only)
+        result = run(thread_counts(args.threads), QUICK if args.quick else Sizes(), args.only, max(1, args.runs))
     except (Error, ValueError) as error:
         print(f"benchmarks/kernels.py: error: {error}", file=sys.stderr)
         return 1
