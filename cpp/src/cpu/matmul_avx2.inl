@@ -9,7 +9,7 @@ namespace qtale::cpu {
 namespace {
 
 constexpr int kRowBlock = 132;  // rows of codes that share one unpacked panel; their outputs stay in L1
-constexpr int kKeptBytes = 16384;
+constexpr int kKeptBytes = 32768;
 
 // Lives on the stack of each thread that runs tiles.
 struct Frame {
