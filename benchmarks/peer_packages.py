@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from qtale.engine.spec import DecoderSpec
 from qtale.errors import Error
+from random_models import Shape, write_dense
 
 SCRIPTS = Path(__file__).parent
 TIMEOUT = 900
@@ -26,7 +28,7 @@ class Packaged:
     script: Path
     model: Path
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> int:
         """Bytes that each decoded token reads, as the script counts them in the model's file."""
         return int(self._run("bytes", 0, 1))
@@ -69,4 +71,38 @@ def ctranslate2(python: Path, spec: DecoderSpec, work: Path) -> Packaged:
     return peer
 
 
-PACKAGES: dict[str, Callable[[Path, DecoderSpec, Path], Any]] = {"ctranslate2": ctranslate2}
+def shape_of(spec: DecoderSpec) -> Shape:
+    """The sizes of a model with heads of hidden_size / num_heads."""
+    return Shape(
+        spec.hidden_size,
+        spec.intermediate_size,
+        spec.num_layers,
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.vocab_size,
+        spec.positions,
+    )
+
+
+def converted(title: str, script: str, bits: int) -> Callable[[Path, DecoderSpec, Path], Packaged]:
+    """A package with a converter of its own, whose script makes models of ``bits`` bits from a dense folder."""
+
+    def peer_of(python: Path, spec: DecoderSpec, work: Path) -> Packaged:
+        model = work / f"{Path(script).stem}-{bits}-{spec.num_layers}x{spec.hidden_size}"
+        peer = Packaged(f"{title} int{bits}", python, SCRIPTS / script, model.absolute())
+        if not model.exists():
+            with tempfile.TemporaryDirectory(dir=work) as temporary:
+                dense = write_dense(Path(temporary).absolute() / "dense", shape_of(spec))
+                peer.call("make", str(peer.model), str(dense), str(bits))
+        return peer
+
+    return peer_of
+
+
+PACKAGES: dict[str, Callable[[Path, DecoderSpec, Path], Packaged]] = {
+    "ctranslate2": ctranslate2,
+    "openvino": converted("OpenVINO", "peer_openvino.py", 4),
+    "openvino-int8": converted("OpenVINO", "peer_openvino.py", 8),
+    "onnxruntime": converted("onnxruntime-genai", "peer_onnxruntime.py", 4),
+    "onnxruntime-int8": converted("onnxruntime-genai", "peer_onnxruntime.py", 8),
+}

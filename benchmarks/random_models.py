@@ -102,6 +102,30 @@ def write_model(folder: Path, shape: Shape, spec: QuantSpec) -> Path:
     return folder
 
 
+def write_dense(folder: Path, shape: Shape) -> Path:
+    """A float16 folder as transformers reads it, with a tokenizer whose words are t0, t1, …: for others' converters."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(shape.config(), indent=1), encoding="utf-8")
+    words = {f"t{token}": token for token in range(shape.vocab)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "t0"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0", "bos_token": "t1", "eos_token": "t2"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    dense = [TensorShape(name, "F16", (shape.vocab, shape.hidden)) for name in _DENSE]
+    norms = [TensorShape(name, "F16", (shape.hidden,)) for name in shape.norms()]
+    layers = [TensorShape(f"{name}.weight", "F16", size) for name, size in shape.matrices()]
+    pool = np.random.default_rng(0).standard_normal(POOL, dtype=np.float32) * np.float32(STD)
+    with ShardWriter(folder / "model.safetensors", [*dense, *norms, *layers], {"format": "pt"}) as writer:
+        _write_dense(writer, shape)
+        for number, tensor in enumerate(layers):
+            writer.write(tensor.name, np.resize(pool[64 * number :], tensor.shape).astype(np.float16))
+    return folder
+
+
 _DENSE = ("model.embed_tokens.weight", "lm_head.weight")
 
 
