@@ -91,6 +91,7 @@ def converted(title: str, script: str, bits: int) -> Callable[[Path, DecoderSpec
         model = work / f"{Path(script).stem}-{bits}-{spec.num_layers}x{spec.hidden_size}"
         peer = Packaged(f"{title} int{bits}", python, SCRIPTS / script, model.absolute())
         if not model.exists():
+            work.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=work) as temporary:
                 dense = write_dense(Path(temporary).absolute() / "dense", shape_of(spec))
                 peer.call("make", str(peer.model), str(dense), str(bits))

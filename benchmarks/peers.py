@@ -67,15 +67,19 @@ def model_files(model: str, kinds: Sequence[str], programs: Path, work: Path) ->
         yield kind, path
 
 
-def peers(model: str, choice: Choice, work: Path) -> list[Peer]:
-    """All peers that are to be had, with the model's shape; those that are not are named on stderr with the reason."""
+def llamas(model: str, choice: Choice, work: Path) -> Iterator[Peer]:
+    """llama.cpp and, where its sources are given, ik_llama.cpp, which are built first."""
     programs = peer_builds.llama_cpp(choice.cache, choice.source)
     ik = peer_builds.ik_llama_cpp(choice.ik, choice.cache) if choice.ik else None
-    found: list[Peer] = []
     for kind, path in model_files(model, choice.kinds, programs, work):
-        found.append(LlamaBench(f"llama.cpp {kind}", programs / "llama-bench", path))
+        yield LlamaBench(f"llama.cpp {kind}", programs / "llama-bench", path)
         if ik:
-            found.append(LlamaBench(f"ik_llama.cpp {kind} -rtr 1", ik / "llama-bench", path, ("-rtr", "1")))
+            yield LlamaBench(f"ik_llama.cpp {kind} -rtr 1", ik / "llama-bench", path, ("-rtr", "1"))
+
+
+def peers(model: str, choice: Choice, work: Path) -> list[Peer]:
+    """All peers that are to be had, with the model's shape; those that are not are named on stderr with the reason."""
+    found = list(llamas(model, choice, work)) if choice.kinds else []
     for name, python in choice.packages:
         try:
             found.append(PACKAGES[name](python, spec_of(model), work))
@@ -127,7 +131,7 @@ def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where they are built (default: HuggingFace's cache)")
     parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="sources of llama.cpp instead of the index's")
     parser.add_argument("--ik", type=Path, metavar="DIR", help="sources of ik_llama.cpp, to be built and measured too")
-    parser.add_argument("--kinds", default="Q4_0,Q8_0", metavar="K[,K…]", help="file types (default: Q4_0,Q8_0)")
+    parser.add_argument("--kinds", default="Q4_0,Q8_0", metavar="K[,K…]", help="types, or '' (default: %(default)s)")
     parser.add_argument(
         "--package",
         action="append",
@@ -145,7 +149,7 @@ def choice_of(args: argparse.Namespace) -> Choice:
         if name not in PACKAGES or not python:
             raise Error(f"--package {text}: use NAME=PYTHON with a NAME of {', '.join(PACKAGES)}.")
         packages.append((name, Path(python)))
-    return Choice(args.cache, args.llama_cpp, args.ik, tuple(args.kinds.split(",")), tuple(packages))
+    return Choice(args.cache, args.llama_cpp, args.ik, tuple(filter(None, args.kinds.split(","))), tuple(packages))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -91,6 +91,17 @@ def test_packages_are_chosen_by_name() -> None:
         peers.choice_of(options)
 
 
+def test_without_file_types_nothing_is_built(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers.peer_builds, "llama_cpp", pytest.fail)
+    packages = [f"openvino={python}", f"onnxruntime={tmp_path / 'none'}"]
+    options = argparse.Namespace(cache=None, llama_cpp=None, ik=None, kinds="", package=packages)
+    found = peers.peers("tiny", peers.choice_of(options), tmp_path)
+    assert [peer.name for peer in found] == ["OpenVINO int4"]
+    assert "onnxruntime: not measured: onnxruntime-genai int4 did not run" in capsys.readouterr().err
+
+
 def test_dense_folders_are_those_of_transformers(tmp_path: Path) -> None:
     folder = open_folder(random_models.write_dense(tmp_path / "dense", random_models.TINY))
     assert shape_of(read_spec(folder.config, "dense")) == random_models.TINY
