@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -12,11 +10,14 @@ import ctranslate2
 import numpy as np
 from ctranslate2.specs import common_spec, transformer_spec
 
+from peer_script import Timed, run
+
 POOL = 16 << 20
 
 
-def make(folder: str, sizes: dict) -> None:
-    """A random int8 model of the given sizes."""
+def make(folder: str, description: str) -> None:
+    """A random int8 model of the given sizes, in JSON."""
+    sizes = json.loads(description)
     hidden, between, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_layers"]
     query, kv = sizes["num_heads"] * sizes["head_dim"], sizes["num_kv_heads"] * sizes["head_dim"]
     generator = np.random.default_rng(0)
@@ -78,8 +79,13 @@ def linear_bytes(spec: object) -> int:
     return total
 
 
-def rate(what: str, folder: str, tokens: int, threads: int, repeats: int) -> float:
-    """Tokens per second of a prompt, or of decoding after one token."""
+def bytes_of(folder: str) -> int:
+    """Bytes of the matrices, the head's with them."""
+    return int((Path(folder) / "bytes").read_text())
+
+
+def timed(what: str, folder: str, tokens: int, threads: int) -> Timed:
+    """Reading a prompt, or decoding so many tokens after one."""
     generator = ctranslate2.Generator(folder, device="cpu", compute_type="int8", intra_threads=threads)
     prompt = ["<s>", *(f"t{3 + i * 7 % 29000}" for i in range(tokens - 1))] if what == "prefill" else ["<s>"]
     new = 1 if what == "prefill" else tokens
@@ -96,21 +102,8 @@ def rate(what: str, folder: str, tokens: int, threads: int, repeats: int) -> flo
         )
         return time.perf_counter() - start
 
-    seconds()
-    return tokens / statistics.median(seconds() for _ in range(repeats))
-
-
-def main() -> None:
-    """The command line."""
-    what, folder, *rest = sys.argv[1:]
-    if what == "make":
-        make(folder, json.loads(rest[0]))
-        print("made")
-    elif what == "bytes":
-        print((Path(folder) / "bytes").read_text())
-    else:
-        print(rate(what, folder, *map(int, rest)))
+    return seconds
 
 
 if __name__ == "__main__":
-    main()
+    run(make, bytes_of, timed)

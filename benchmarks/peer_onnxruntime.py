@@ -7,7 +7,6 @@ too, and multiplied in int8 (accuracy level 4, its default here); logits are tho
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -17,11 +16,13 @@ import numpy as np
 import onnx
 import onnxruntime_genai
 
+from peer_script import Timed, run
+
 OPTIONS = ("block_size=128", "accuracy_level=4", "prune_lm_head=true", "hf_token=false")
 SHORT = 4
 
 
-def make(folder: str, dense: str, bits: int) -> None:
+def make(folder: str, dense: str, bits: str) -> None:
     """Converts a folder of transformers; the working directory does not count, since names there would hide modules."""
     partial = Path(folder + ".partial")
     command = [sys.executable, "-I", "-m", "onnxruntime_genai.models.builder", "-i", dense, "-o", str(partial)]
@@ -44,8 +45,8 @@ def bytes_of(folder: str) -> int:
     return sum(sizes.get(name, 0) for node in graph.node if node.op_type == "MatMulNBits" for name in node.input)
 
 
-def rate(what: str, folder: str, tokens: int, threads: int, repeats: int) -> float:
-    """Tokens per second of a prompt, or of those after the first that follows a short prompt."""
+def timed(what: str, folder: str, tokens: int, threads: int) -> Timed:
+    """Reading a prompt, or decoding so many tokens after the first that follows a short prompt."""
     config = onnxruntime_genai.Config(folder)
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = onnxruntime_genai.Model(config)
@@ -68,21 +69,8 @@ def rate(what: str, folder: str, tokens: int, threads: int, repeats: int) -> flo
             generator.generate_next_token()
         return time.perf_counter() - start
 
-    seconds()
-    return tokens / statistics.median(seconds() for _ in range(repeats))
-
-
-def main() -> None:
-    """The command line."""
-    what, folder, *rest = sys.argv[1:]
-    if what == "make":
-        make(folder, rest[0], int(rest[1]))
-        print("made")
-    elif what == "bytes":
-        print(bytes_of(folder))
-    else:
-        print(rate(what, folder, *map(int, rest)))
+    return seconds
 
 
 if __name__ == "__main__":
-    main()
+    run(make, bytes_of, timed)

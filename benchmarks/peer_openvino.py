@@ -7,7 +7,6 @@ of 8 bits they have a scale for each row: what optimum-cli makes of a model.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -17,14 +16,16 @@ import numpy as np
 import openvino
 import openvino_genai
 
-FORMATS = {4: ("--weight-format", "int4", "--group-size", "128", "--sym"), 8: ("--weight-format", "int8")}
+from peer_script import Timed, run
+
+FORMATS = {"4": ("--weight-format", "int4", "--group-size", "128", "--sym"), "8": ("--weight-format", "int8")}
 # Activations are rounded in the weights' groups: its default of 32 takes 1.4 times as long here.
 OPTIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 128}
 DECOMPRESSION = ("Constant", "Convert", "Subtract", "Multiply", "Reshape")
 SHORT = 4
 
 
-def make(folder: str, dense: str, bits: int) -> None:
+def make(folder: str, dense: str, bits: str) -> None:
     """Converts a folder of transformers; the working directory does not count, since names there would hide modules."""
     export = ("-m", "optimum.commands.optimum_cli", "export", "openvino", "-m", dense)
     partial = Path(folder + ".partial")
@@ -52,8 +53,8 @@ def bytes_of(folder: str) -> int:
     return sum(weight_bytes(node.input_value(1).get_node()) for node in products)
 
 
-def rate(what: str, folder: str, tokens: int, threads: int, repeats: int) -> float:
-    """Tokens per second of a prompt, or of those after the first that follows a short prompt."""
+def timed(what: str, folder: str, tokens: int, threads: int) -> Timed:
+    """Reading a prompt, or decoding so many tokens after the first that follows a short prompt."""
     pipeline = openvino_genai.LLMPipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads, **OPTIONS)
     generator, words = np.random.default_rng(0), json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     new = 1 if what == "prefill" else tokens + 1
@@ -69,21 +70,8 @@ def rate(what: str, folder: str, tokens: int, threads: int, repeats: int) -> flo
         times = result.perf_metrics.raw_metrics.m_new_token_times
         return (times[-1] - times[0]) / 1e3
 
-    seconds()
-    return tokens / statistics.median(seconds() for _ in range(repeats))
-
-
-def main() -> None:
-    """The command line."""
-    what, folder, *rest = sys.argv[1:]
-    if what == "make":
-        make(folder, rest[0], int(rest[1]))
-        print("made")
-    elif what == "bytes":
-        print(bytes_of(folder))
-    else:
-        print(rate(what, folder, *map(int, rest)))
+    return seconds
 
 
 if __name__ == "__main__":
-    main()
+    run(make, bytes_of, timed)
