@@ -68,6 +68,7 @@ void register_decoder_ops(py::module_& module) {
       Release());
   module.def(
       "silu_mul", [](const Memory& gate_up, const Memory& out) { silu_mul(view(gate_up), view(out)); }, Release());
+  module.def("has_int8_keys", has_int8_keys);
   module.def("kv_page_bytes", [](std::int64_t kv_heads, std::int64_t head_dim, const std::string& dtype) {
     return kv_page_bytes(kv_heads, head_dim, dtype_from_name(dtype));
   });

@@ -1,7 +1,9 @@
 #include "attention_oracle.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "core/half.h"
 
@@ -12,7 +14,31 @@ TensorView cube(const std::vector<float>& data, std::int64_t rows, std::int64_t 
   return {const_cast<float*>(data.data()), DType::f32, 3, {rows, heads, n}, {heads * n, n, 1}, {}};
 }
 
+// Makes a key what a cache of s8 holds, by another way than the operator's; returns the sum of |rotated key|.
+float round_key(float* key, std::int64_t head_dim) {
+  const std::vector<double> turned = rotated({key, static_cast<std::size_t>(head_dim)});
+  double largest = 0.0;
+  for (const double x : turned) largest = std::max(largest, std::fabs(x));
+  std::vector<float> codes(turned.size());
+  for (std::size_t i = 0; i < codes.size() && largest > 0.0; ++i)
+    codes[i] = static_cast<float>(std::nearbyint(turned[i] * 127.0 / largest));
+  const std::vector<double> back = rotated(codes);  // the matrix is its own inverse
+  for (std::size_t i = 0; i < back.size(); ++i) key[i] = static_cast<float>(back[i] * largest / 127.0);
+  float sum = 0.0f;
+  for (const float code : codes) sum += std::fabs(code);
+  return sum * static_cast<float>(largest) / 127.0f;
+}
+
 }  // namespace
+
+std::vector<double> rotated(std::span<const float> x) {
+  std::vector<double> out(x.size());
+  for (std::size_t row = 0; row < x.size(); ++row) {
+    for (std::size_t i = 0; i < x.size(); ++i) out[row] += std::popcount(row & i) % 2 == 0 ? x[i] : -double{x[i]};
+    out[row] /= std::sqrt(static_cast<double>(x.size()));
+  }
+  return out;
+}
 
 Cache::Cache(std::int64_t entries_, std::int64_t kv_heads_, std::int64_t head_dim_, DType dtype_)
     : entries(entries_), kv_heads(kv_heads_), head_dim(head_dim_), dtype(dtype_) {
@@ -21,13 +47,20 @@ Cache::Cache(std::int64_t entries_, std::int64_t kv_heads_, std::int64_t head_di
   for (auto& page : memory) pages.push_back(page.data());
   k.resize(static_cast<std::size_t>(entries * kv_heads * head_dim));
   v.resize(k.size());
+  sums.resize(static_cast<std::size_t>(entries * kv_heads));
 }
 
 void Cache::append(std::vector<float> keys, std::vector<float> values, std::int64_t first) {
   const std::int64_t rows = static_cast<std::int64_t>(keys.size()) / (kv_heads * head_dim);
   kv_append(cube(keys, rows, kv_heads, head_dim), cube(values, rows, kv_heads, head_dim), pages, first, dtype);
-  const auto stored = [&](float x) { return dtype == DType::f16 ? f16_to_float(float_to_f16(x)) : x; };
-  std::transform(keys.begin(), keys.end(), k.begin() + first * kv_heads * head_dim, stored);
+  const auto stored = [&](float x) { return dtype == DType::f32 ? x : f16_to_float(float_to_f16(x)); };
+  if (dtype == DType::s8) {
+    for (std::int64_t i = 0; i < rows * kv_heads; ++i)
+      sums[static_cast<std::size_t>(first * kv_heads + i)] = round_key(keys.data() + i * head_dim, head_dim);
+    std::copy(keys.begin(), keys.end(), k.begin() + first * kv_heads * head_dim);
+  } else {
+    std::transform(keys.begin(), keys.end(), k.begin() + first * kv_heads * head_dim, stored);
+  }
   std::transform(values.begin(), values.end(), v.begin() + first * kv_heads * head_dim, stored);
 }
 
@@ -63,6 +96,22 @@ std::vector<float> Attending::run() const {
 
 namespace {
 
+// Most that rounding a query to 8 bits moves its scores.
+double score_error(const Attending& a, const Cache& c, std::int64_t row, std::int64_t kv, const float* q) {
+  double largest = 0.0, most = 0.0;
+  for (const double x : rotated({q, static_cast<std::size_t>(a.head_dim)})) largest = std::max(largest, std::fabs(x));
+  for (std::int64_t j = a.begin[row]; j < a.end[row]; ++j)
+    most = std::max(most, double{c.sums[static_cast<std::size_t>(j * c.kv_heads + kv)]});
+  return a.scale * largest * most / 254.0;
+}
+
+// What rounding adds to the error, as a share of the largest value.
+double rounding_share(const Attending& a, const Cache& c, std::int64_t row, std::int64_t kv, const float* q,
+                      double reach) {
+  if (c.dtype == DType::s8) return std::min(2.0, 0x1p-8 * 1.25 + std::expm1(2.0 * score_error(a, c, row, kv, q)));
+  return a.compute == Compute::int8 ? 0x1p-8 * (1.25 + 1.125 * reach) : 0.0;
+}
+
 // The share of one head of a row.
 double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int64_t head, const float* out) {
   const std::int64_t kv = head / (a.heads / c.kv_heads), begin = a.begin[row], end = a.end[row];
@@ -89,7 +138,7 @@ double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int
     }
   }
   const double entries = static_cast<double>(std::max<std::int64_t>(0, end - begin));
-  const double rounding = a.compute == Compute::int8 ? 0x1p-8 * (1.25 + 1.125 * reach) : 0.0;
+  const double rounding = rounding_share(a, c, row, kv, q, reach);
   const double bound =
       largest * (0x1p-24 * (static_cast<double>(a.head_dim) + entries + 64) * (1 + 2 * reach) + rounding);
   double worst = 0.0;
@@ -110,6 +159,41 @@ double worst_share(const Attending& a, const std::vector<float>& out) {
         worst =
             std::max(worst, head_share(a, *a.caches[i], row, head, out.data() + (row * a.heads + head) * a.head_dim));
   return worst;
+}
+
+void add_causal(Attending& a, Random& random, const Cache& cache, std::int64_t rows, std::int64_t window) {
+  const std::int64_t end = cache.entries - rows + 1;
+  a.add(random, cache, rows, window > 0 ? end - window : -cache.entries, end, 1);
+}
+
+std::string name_of(Compute compute) { return compute == Compute::int8 ? "int8" : "float"; }
+
+std::string text(const Case& c, DType dtype, Compute compute, const std::string& isa) {
+  return isa + " " + name_of(compute) + " " + std::string(name_of(dtype)) + ": " + std::to_string(c.heads) + "/" +
+         std::to_string(c.kv_heads) + " heads of " + std::to_string(c.head_dim) + ", " + std::to_string(c.rows) +
+         " rows at " + std::to_string(c.entries) + ", window " + std::to_string(c.window);
+}
+
+std::int64_t differences(const float* a, const float* b, std::int64_t count) {
+  std::int64_t found = 0;
+  for (std::int64_t i = 0; i < count; ++i) found += std::memcmp(a + i, b + i, sizeof(float)) != 0;
+  return found;
+}
+
+std::int64_t different_alone(const Attending& batch, const std::vector<float>& expected) {
+  const std::int64_t size = batch.heads * batch.head_dim;
+  std::int64_t different = 0;
+  for (const AttentionRun& run : batch.runs) {
+    for (std::int64_t row = run.row; row < run.row + run.rows; ++row) {
+      Attending single = batch;
+      single.runs = {{0, 1, run.pages}};
+      single.q.assign(batch.q.begin() + row * size, batch.q.begin() + (row + 1) * size);
+      single.begin = {batch.begin[row]};
+      single.end = {batch.end[row]};
+      different += differences(single.run().data(), expected.data() + row * size, size) != 0;
+    }
+  }
+  return different;
 }
 
 }  // namespace qtale::test

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <memory>
+#include <span>
+#include <string>
 #include <vector>
 
 #include "qtale/decoder_ops.h"
@@ -9,11 +11,15 @@
 
 namespace qtale::test {
 
+// Numbers times the Hadamard matrix of Sylvester, over sqrt(count).
+std::vector<double> rotated(std::span<const float> x);
+
 // One sequence: keys and values as the cache holds them, and its pages.
 struct Cache {
   std::int64_t entries, kv_heads, head_dim;
   DType dtype;
-  std::vector<float> k, v;  // [entries, kv_heads, head_dim] after rounding to dtype
+  std::vector<float> k, v;  // [entries, kv_heads, head_dim] after rounding to dtype, those of s8 turned back
+  std::vector<float> sums;  // [entries, kv_heads] of |rotated keys| as rounded, of s8
   std::vector<Lines<std::uint8_t>> memory;
   std::vector<void*> pages;
 
@@ -48,5 +54,18 @@ struct Attending {
 
 // Largest |out - exact| over the bound of decoder_ops.h.
 double worst_share(const Attending& a, const std::vector<float>& out);
+
+// Shapes of a call: causal rows at the end of a cache.
+struct Case {
+  std::int64_t heads, kv_heads, head_dim, rows, entries, window;  // window 0: all
+};
+void add_causal(Attending& a, Random& random, const Cache& cache, std::int64_t rows, std::int64_t window);
+std::string text(const Case& c, DType dtype, Compute compute, const std::string& isa);
+std::string name_of(Compute compute);
+
+// Numbers that have other bits.
+std::int64_t differences(const float* a, const float* b, std::int64_t count);
+// Rows of a batch whose bits differ when they attend alone.
+std::int64_t different_alone(const Attending& batch, const std::vector<float>& expected);
 
 }  // namespace qtale::test

@@ -10,16 +10,6 @@
 namespace qtale::test {
 namespace {
 
-struct Case {
-  std::int64_t heads, kv_heads, head_dim, rows, entries, window;  // window 0: all
-};
-
-// Causal rows at the end of a cache.
-void add_causal(Attending& a, Random& random, const Cache& cache, std::int64_t rows, std::int64_t window) {
-  const std::int64_t end = cache.entries - rows + 1;
-  a.add(random, cache, rows, window > 0 ? end - window : -cache.entries, end, 1);
-}
-
 const Case kCases[] = {
     {1, 1, 16, 1, 1, 0},     {4, 2, 20, 5, 5, 0},       {9, 3, 64, 7, 40, 0},    {9, 3, 64, 70, 70, 0},
     {8, 1, 64, 33, 100, 0},  {3, 3, 48, 65, 129, 0},    {2, 1, 80, 30, 47, 0},   {4, 4, 96, 13, 64, 0},
@@ -29,20 +19,6 @@ const Case kCases[] = {
 };
 
 constexpr Compute kComputes[] = {Compute::floating, Compute::int8};
-
-std::string name_of(Compute compute) { return compute == Compute::int8 ? "int8" : "float"; }
-
-std::string text(const Case& c, DType dtype, Compute compute, const std::string& isa) {
-  return isa + " " + name_of(compute) + " " + std::string(name_of(dtype)) + ": " + std::to_string(c.heads) + "/" +
-         std::to_string(c.kv_heads) + " heads of " + std::to_string(c.head_dim) + ", " + std::to_string(c.rows) +
-         " rows at " + std::to_string(c.entries) + ", window " + std::to_string(c.window);
-}
-
-std::int64_t differences(const float* a, const float* b, std::int64_t count) {
-  std::int64_t found = 0;
-  for (std::int64_t i = 0; i < count; ++i) found += std::memcmp(a + i, b + i, sizeof(float)) != 0;
-  return found;
-}
 
 }  // namespace
 
@@ -82,23 +58,6 @@ TEST_CASE("attention: scores that are large, equal or far apart") {
       }
     }
   }
-}
-
-// Rows of a batch whose bits differ when they attend alone.
-std::int64_t different_alone(const Attending& batch, const std::vector<float>& expected) {
-  const std::int64_t size = batch.heads * batch.head_dim;
-  std::int64_t different = 0;
-  for (const AttentionRun& run : batch.runs) {
-    for (std::int64_t row = run.row; row < run.row + run.rows; ++row) {
-      Attending single = batch;
-      single.runs = {{0, 1, run.pages}};
-      single.q.assign(batch.q.begin() + row * size, batch.q.begin() + (row + 1) * size);
-      single.begin = {batch.begin[row]};
-      single.end = {batch.end[row]};
-      different += differences(single.run().data(), expected.data() + row * size, size) != 0;
-    }
-  }
-  return different;
 }
 
 TEST_CASE("attention: a row has the same bits alone, in any run, in any batch and on any number of threads",

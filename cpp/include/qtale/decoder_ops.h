@@ -48,7 +48,12 @@ void scatter_add_rows(const TensorView& delta, const TensorView& indices, const 
 
 // The KV cache of a sequence in one layer is a list of pages of kPageTokens entries, f32 or f16. A page holds for each
 // KV head the keys [head_dim][kPageTokens] and then the values [kPageTokens][head_dim]; pages are 64-byte aligned.
+// A cache of s8 has keys of 8 bits and values of f16: a key k is kept as k' = H k / sqrt(head_dim), with the Hadamard
+// matrix H, rounded to 127ths of its largest |k'_d|. That keeps scores, and spreads over all dimensions what is large
+// in a few (Ashkboos et al., "QuaRot", 2024). Where that is, see has_int8_keys.
 inline constexpr std::int64_t kPageTokens = 16;
+// Whether the kernels in use have caches of s8, with heads of this size: a power of two from 16 to 256.
+bool has_int8_keys(std::int64_t head_dim);
 std::int64_t kv_page_bytes(std::int64_t kv_heads, std::int64_t head_dim, DType dtype);
 
 // Stores rows as the entries first, first + 1, … of a list of pages; k and v [rows, kv_heads, head_dim] f32, rows may
@@ -69,7 +74,8 @@ struct AttentionRun {
 //   Sums are float32: |out - exact| <= 2^-24 * (head_dim + entries + 64) * max |v| * (1 + 2 * max scale * |q| . |k|).
 //   Compute::int8 and bfloat16 may round queries, keys, weights and values to bfloat16 where they multiply them, and do
 //   with AVX-512 BF16, for any number of rows; then 2^-8 * max |v| * (5/4 + 9/8 * max scale * |q| . |k|) comes on top.
-//   Compute::floating never does.
+//   Compute::floating never does. With a cache of s8 each Compute rounds so, and queries to 8 bits as keys are:
+//   a score moves by scale * (max |q'| * sum |k'| / 254) at most, beside what the rounding of keys does.
 //   A row of out depends on its row of q and its entries alone, bit for bit.
 void attention(const TensorView& q, std::span<const AttentionRun> runs, const TensorView& begin, const TensorView& end,
                std::int64_t kv_heads, DType dtype, float scale, const TensorView& out, Compute compute);

@@ -69,7 +69,7 @@ struct DecoderSpec {
   float attention_scale = 0.0F;
   RopeSpec rope;
   Compute compute = Compute::int8;
-  DType kv_dtype = DType::f16;  // f32 or f16
+  DType kv_dtype = DType::f16;  // f32, f16 or s8, see decoder_ops.h
   KvRule kv_rule = KvRule::evict;
   TensorView embedding;   // [vocab, hidden] f32|f16|bf16
   TensorView final_norm;  // [hidden] f32

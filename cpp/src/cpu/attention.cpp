@@ -33,15 +33,16 @@ Item make_item(const AttentionArgs& args, const AttentionBlock& block) {
   return item;
 }
 
-const AttentionKernel& kernel_for(Compute compute) {
+const AttentionKernel& kernel_for(const AttentionArgs& args) {
   const DecoderKernels& table = *kernels().decoder;
-  return compute == Compute::floating ? table.attention : table.rounded_attention;
+  const bool rounds = args.compute != Compute::floating || args.dtype == DType::s8;
+  return rounds ? table.rounded.attention : table.attention;
 }
 
 class Attention {
  public:
   Attention(const AttentionArgs& args, std::span<const AttentionRun> runs, std::int64_t kv_heads)
-      : args_(args), kernel_(kernel_for(args.compute)) {
+      : args_(args), kernel_(kernel_for(args)) {
     const std::int64_t block_rows = std::max<std::int64_t>(1, kernel_.queries / args.group);
     for (const AttentionRun& run : runs) {
       // Late rows see most: they come first, so that no thread is left alone with them.

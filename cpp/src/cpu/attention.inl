@@ -43,7 +43,7 @@ class Span : BlockSpan<E> {
   Chunk<E> in_place(std::int64_t at) const {
     Chunk<E> chunk;
     for (int p = 0; p < kVecs; ++p) chunk.keys[p] = page(at + p * kWidth) + p * kWidth % kPageTokens;
-    for (int p = 0; p < kPages; ++p) chunk.values[p] = page(at + p * kPageTokens) + kPageTokens * a_.head_dim;
+    for (int p = 0; p < kPages; ++p) chunk.values[p] = page(at + p * kPageTokens) + values_at_;
     chunk.value_stride = a_.head_dim;
     return chunk;
   }
@@ -75,7 +75,7 @@ class Span : BlockSpan<E> {
   // asks.
   Ahead ahead(bool asks, std::int64_t steps) {
     const auto* idle = reinterpret_cast<const char*>(w_.factors);
-    const std::int64_t page = kv_head_elements(a_.head_dim) * static_cast<std::int64_t>(sizeof(typename E::T));
+    const std::int64_t page = kv_head_bytes(a_.head_dim, a_.dtype);
     const std::int64_t step = 32 * static_cast<std::int64_t>(sizeof(typename E::T)) / (count_ > TileRows ? 2 : 1);
     if (!asks || ahead_ >= kPages * page) return {idle, idle, 0};
     const auto at = [&](std::int64_t offset) {
@@ -159,7 +159,7 @@ class Span : BlockSpan<E> {
 
   using Base::a_, Base::b_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_, Base::whole_,
       Base::last_;
-  using Base::by_range, Base::page, Base::set_ranges, Base::vectors_seen;
+  using Base::by_range, Base::page, Base::set_ranges, Base::values_at_, Base::vectors_seen;
 
   Workspace w_;
   std::int64_t next_ = 0;   // entry where the next chunk begins

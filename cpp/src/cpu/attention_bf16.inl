@@ -1,39 +1,14 @@
 // Attention of a block of queries over one span of the cache, with queries, keys, weights and values rounded to bf16
-// where they are multiplied: twice the products of float32 in an instruction.
+// where they are multiplied: twice the products of float32 in an instruction. Keys that the cache has in 8 bits meet
+// queries of 8 bits.
 #pragma once
 
-#include "cpu/attention_bf16_tile.inl"
+#include "cpu/attention_bf16_workspace.inl"
 
 namespace qtale::cpu::attending {
 namespace {
 
-// Memory of one thread.
-struct RoundedWorkspace {
-  std::uint16_t* queries;  // [queries, kRoundedStride], scaled to base 2
-  std::uint16_t* weights;  // [queries, kChunk]
-  std::uint16_t* keys;     // [depth / 2, kChunk] pairs
-  std::uint16_t* values;   // [kChunk / 2, stride] pairs
-  std::uint16_t* half;     // [stride] pairs
-  float* scores;           // [2, kRoundedRows, kChunk]
-  Range* ranges;           // [queries]
-
-  RoundedWorkspace(std::byte* memory, std::int64_t count, std::int64_t head_dim)
-      : queries(reinterpret_cast<std::uint16_t*>(memory)),
-        weights(queries + count * kRoundedStride),
-        keys(weights + count * kChunk),
-        values(keys + head_dim * kChunk),
-        half(values + round_up(head_dim, kWidth) * kChunk),
-        scores(reinterpret_cast<float*>(half + 2 * round_up(head_dim, kWidth))),
-        ranges(reinterpret_cast<Range*>(scores + 2 * kRoundedRows * kChunk)) {}
-  static std::size_t bytes(std::int64_t count, std::int64_t head_dim) {
-    const std::int64_t stride = round_up(head_dim, kWidth);
-    const std::int64_t halves = count * (kRoundedStride + kChunk) + (head_dim + stride) * kChunk + 2 * stride;
-    const std::int64_t floats = 2 * kRoundedRows * kChunk + 2 * round_up(count, 16);
-    return static_cast<std::size_t>(halves) * sizeof(std::uint16_t) + static_cast<std::size_t>(floats) * sizeof(float);
-  }
-};
-
-template <class E>
+template <class E, bool Int8Keys>
 class RoundedSpan : BlockSpan<E> {
   using Base = BlockSpan<E>;
 
@@ -67,8 +42,8 @@ class RoundedSpan : BlockSpan<E> {
       const std::int64_t entry = at + p * kPageTokens;
       if (entry + kPageTokens <= begin_ || entry >= end_) continue;
       const auto* from = page(entry);
-      pair_keys<E>(from, depth, w_.keys + p * kLine);
-      pair_values<E>(from + kPageTokens * depth, depth, state_.stride, w_.values + p * kPageTokens * state_.stride);
+      if (!Int8Keys) pair_keys<E>(from, depth, w_.keys + p * kLine);
+      pair_values<E>(from + values_at_, depth, state_.stride, w_.values + p * kPageTokens * state_.stride);
     }
   }
 
@@ -79,7 +54,12 @@ class RoundedSpan : BlockSpan<E> {
       next[p] = page_ahead(at_ + kChunk + p * kWidth);
     }
     if (vectors_seen(0, count_) == 0) return;
-    kDirectScores<E>.by_rows[count_ - 1](w_.queries, keys, next, a_.head_dim, w_.scores);
+    if constexpr (Int8Keys) {
+      kDirectInt8Scores.by_rows[count_ - 1](w_.coded, parts(keys).data(), parts(next).data(), a_.head_dim, state_.tops,
+                                            w_.scores);
+    } else {
+      kDirectScores<E>.by_rows[count_ - 1](w_.queries, keys, next, a_.head_dim, w_.scores);
+    }
     hide(w_.scores, count_, ranges_);
     raise(0, count_, ~0u, w_.scores);
     Unweighed all = unweighed(0, count_, w_.scores);
@@ -88,31 +68,61 @@ class RoundedSpan : BlockSpan<E> {
              [&](std::int64_t begin, std::int64_t end, const Range& range) { add_values(begin, end, range); });
   }
 
-  // Scores of a tile are weighed while those of the next one are multiplied.
+  // Scores of a tile are weighed while the values of the one before it are multiplied.
   void run_chunk() const {
-    Unweighed before = unweighed(0, 0, nullptr);
-    float* scores = w_.scores;
-    by_tile([&](std::int64_t begin, std::int64_t end) {
-      const int vecs = vectors_seen(begin, end);
-      if (vecs == 0) return;
-      const auto& multiply = vecs > kHalf ? kRoundedScores<kVecs> : kRoundedScores<kHalf>;
-      unsigned raised = multiply.by_rows[end - begin - 1](w_.queries + begin * kRoundedStride, w_.keys, a_.head_dim,
-                                                          state_.tops + begin, scores, before);
-      if (!whole_) {
-        hide(scores, end - begin, ranges_ + begin);
-        raised = ~0u;
-      }
-      raise(begin, end, raised, scores);
-      before = unweighed(begin, end, scores);
-      scores = scores == w_.scores ? w_.scores + kRoundedRows * kChunk : w_.scores;
-    });
-    weigh_all(before);
-    const auto add = [&](std::int64_t begin, std::int64_t end, const Range& range) { add_values(begin, end, range); };
+    const typename E::T* pages[kVecs];
+    for (int p = 0; p < kVecs; ++p) pages[p] = page(at_ + p * kWidth);
+    const Unweighed nothing = unweighed(0, 0, w_.scores);
+    std::int64_t before = 0;
     NextChunk next(*this);
     by_tile([&](std::int64_t begin, std::int64_t end) {
       next.ask();
-      whole_ ? add_pairs(begin, end, 0, w_.values, kChunk / 2) : by_range(begin, end, add);
+      const Unweighed fresh = vectors_seen(begin, end) > 0 ? score(begin, end, pages) : nothing;
+      add_tile(before, begin, fresh);
+      before = begin;
     });
+    add_tile(before, count_, nothing);
+  }
+
+  Unweighed score(std::int64_t begin, std::int64_t end, const typename E::T* const (&pages)[kVecs]) const {
+    unsigned raised = vectors_seen(begin, end) > kHalf ? multiply_keys<kVecs>(begin, end, pages)
+                                                       : multiply_keys<kHalf>(begin, end, pages);
+    if (!whole_) {
+      hide(w_.scores, end - begin, ranges_ + begin);
+      raised = ~0u;
+    }
+    raise(begin, end, raised, w_.scores);
+    return unweighed(begin, end, w_.scores);
+  }
+
+  template <int Vecs>
+  unsigned multiply_keys(std::int64_t begin, std::int64_t end, const typename E::T* const (&pages)[kVecs]) const {
+    const float* tops = state_.tops + begin;
+    const std::int64_t tile = end - begin - 1;
+    if constexpr (Int8Keys) {
+      return kInt8Scores<Vecs>.by_rows[tile](w_.coded.from(begin), parts(pages).data(), nullptr, a_.head_dim, tops,
+                                             w_.scores);
+    } else {
+      return kRoundedScores<Vecs>.by_rows[tile](w_.queries + begin * kRoundedStride, w_.keys, a_.head_dim, tops,
+                                                w_.scores);
+    }
+  }
+
+  // Adds the values of queries that are weighed, and weighs others.
+  void add_tile(std::int64_t begin, std::int64_t end, Unweighed others) const {
+    if (begin < end) {
+      whole_ ? add_pairs(begin, end, 0, w_.values, kChunk / 2, others)
+             : by_range(begin, end, [&](std::int64_t first, std::int64_t last, const Range& range) {
+                 add_values(first, last, range);
+               });
+    }
+    weigh_all(others);
+  }
+
+  static std::array<const std::byte*, kVecs> parts(const typename E::T* const (&pages)[kVecs]) {
+    std::array<const std::byte*, kVecs> bytes;
+    for (std::size_t p = 0; p < kVecs; ++p) bytes[p] = reinterpret_cast<const std::byte*>(pages[p]);
+    return bytes;
   }
 
   std::int64_t tiles() const { return (count_ + kRoundedRows - 1) / kRoundedRows; }
@@ -131,8 +141,7 @@ class RoundedSpan : BlockSpan<E> {
   class NextChunk {
    public:
     explicit NextChunk(const RoundedSpan& s)
-        : lines_(s.at_ + kChunk < s.last_ ? kv_head_elements(s.a_.head_dim) * std::int64_t{sizeof(typename E::T)} / 64
-                                          : 0),
+        : lines_(s.at_ + kChunk < s.last_ ? kv_head_bytes(s.a_.head_dim, s.a_.dtype) / 64 : 0),
           step_((lines_ + s.tiles() - 1) / s.tiles()) {
       for (int p = 0; p < kPages; ++p)
         pages_[p] = reinterpret_cast<const char*>(s.page_ahead(s.at_ + kChunk + p * kPageTokens));
@@ -163,7 +172,8 @@ class RoundedSpan : BlockSpan<E> {
   // Of a pair that is seen by half, the other half is no factor at all.
   void add_values(std::int64_t begin, std::int64_t end, const Range& range) const {
     const auto add = [&](std::int64_t entry, const std::uint16_t* values, std::int64_t pairs) {
-      add_pairs(begin, end, entry, values, pairs);
+      Unweighed others = unweighed(0, 0, w_.scores);
+      add_pairs(begin, end, entry, values, pairs, others);
     };
     std::int64_t entry = range.begin;
     if (entry % 2 != 0) {
@@ -182,7 +192,7 @@ class RoundedSpan : BlockSpan<E> {
     const __m512i kept = _mm512_set1_epi32(entry % 2 == 0 ? 0xffff : static_cast<int>(0xffff0000));
     const std::uint16_t* from = w_.values + entry / 2 * 2 * state_.stride;
     if (direct_) {
-      const auto* low = page(at_ + entry) + (kPageTokens + entry % kPageTokens / 2 * 2) * a_.head_dim;
+      const auto* low = page(at_ + entry) + values_at_ + entry % kPageTokens / 2 * 2 * a_.head_dim;
       for (std::int64_t i = 0; i < a_.head_dim; i += kWidth)
         store_pairs(w_.half + 2 * i, E::load(low + i), E::load(low + a_.head_dim + i));
       from = w_.half;
@@ -197,7 +207,7 @@ class RoundedSpan : BlockSpan<E> {
     std::int64_t count = 0;
     for (std::int64_t at = entry; pairs > 0; ++count) {
       const std::int64_t taken = min64(pairs, (kPageTokens - at % kPageTokens) / 2);
-      const std::int64_t row = (kPageTokens + at % kPageTokens) * a_.head_dim;
+      const std::int64_t row = values_at_ + at % kPageTokens * a_.head_dim;
       stretches[count] = {page(at_ + at) + row, page_ahead(at_ + kChunk + at) + row, taken};
       at += 2 * taken;
       pairs -= taken;
@@ -212,10 +222,10 @@ class RoundedSpan : BlockSpan<E> {
   }
 
   void add_pairs(std::int64_t begin, std::int64_t end, std::int64_t entry, const std::uint16_t* values,
-                 std::int64_t pairs) const {
+                 std::int64_t pairs, Unweighed& others) const {
     const auto add = [&](const auto& tiles, std::int64_t column) {
       tiles.by_rows[end - begin - 1](w_.weights + begin * kChunk + entry, values + 2 * column, pairs,
-                                     state_.sums + begin * state_.stride + column, state_.stride);
+                                     state_.sums + begin * state_.stride + column, state_.stride, others);
     };
     by_columns([&](std::int64_t column) { add(kRoundedValues<kVecs>, column); },
                [&](std::int64_t column) { add(kRoundedValues<kHalf>, column); },
@@ -234,41 +244,23 @@ class RoundedSpan : BlockSpan<E> {
   }
 
   using Base::a_, Base::b_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_;
-  using Base::by_range, Base::page, Base::page_ahead, Base::set_ranges, Base::vectors_seen, Base::whole_;
+  using Base::by_range, Base::page, Base::page_ahead, Base::set_ranges, Base::values_at_, Base::vectors_seen,
+      Base::whole_;
 
   RoundedWorkspace w_;
   const bool direct_ = count_ <= kDirectRows && a_.head_dim % kWidth == 0;  // whether nothing is converted
   std::int64_t at_ = 0;                                                     // entry where the chunk begins
 };
 
-inline std::size_t rounded_scratch_bytes(const AttentionArgs& a, std::int64_t queries) {
-  return RoundedWorkspace::bytes(queries, a.head_dim);
-}
-
-inline void prepare_rounded(const AttentionArgs& a, const AttentionBlock& b, std::byte* scratch) {
-  const std::int64_t count = b.rows * a.group;
-  const RoundedWorkspace w(scratch, count, a.head_dim);
-  const VecF factor = set1(a.scale * 1.44269504f);
-  std::uint16_t* to = w.queries;
-  for (std::int64_t i = 0; i < count; ++i, to += kRoundedStride) {
-    const float* from = heads_at(a.q, a, b, i);
-    prefetch_head(heads_at(a.q, a, b, min64(i + kHeadsAhead, count - 1)), a.head_dim);
-    for (std::int64_t d = 0; d < a.head_dim; d += kWidth) {
-      const VecF x = d + kWidth <= a.head_dim ? load_f32(from + d) : load_part<F32>(from + d, a.head_dim - d);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d),
-                          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(mul(x, factor))));
-    }
-  }
-}
-
 inline void run_rounded(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, std::int64_t end,
                         std::byte* scratch, std::byte* state) {
-  if (a.dtype == DType::f16) return RoundedSpan<F16>(a, b, begin, end, scratch, state).run();
-  RoundedSpan<F32>(a, b, begin, end, scratch, state).run();
+  if (a.dtype == DType::s8) return RoundedSpan<F16, true>(a, b, begin, end, scratch, state).run();
+  if (a.dtype == DType::f16) return RoundedSpan<F16, false>(a, b, begin, end, scratch, state).run();
+  RoundedSpan<F32, false>(a, b, begin, end, scratch, state).run();
 }
 
 constexpr AttentionKernel rounded_kernel = {
-    2 * kQueries, state_bytes, rounded_scratch_bytes, prepare_rounded, run_rounded, merge, finish,
+    kQueries, state_bytes, rounded_scratch_bytes, prepare_rounded, run_rounded, merge, finish,
 };
 
 }  // namespace

@@ -42,34 +42,14 @@ QTALE_INLINE void add_to(float* out, std::int64_t stride, const VecF (&acc)[Rows
 }
 
 // scores [Rows][kChunk] = queries [Rows][kRoundedStride] times Vecs vectors of keys, which are those of a whole chunk.
-// Returns a bit for each query whose scores rise above what its top bears. Meanwhile others are weighed: with hardly
-// anything to multiply, that needs little more time than the products alone.
+// Returns a bit for each query whose scores rise above what its top bears.
 template <int Rows, int Vecs>
 __attribute__((noipa)) unsigned tile_rounded_scores(const std::uint16_t* queries, const std::uint16_t* keys,
-                                                    std::int64_t depth, const float* tops, float* scores,
-                                                    const Unweighed& others) {
+                                                    std::int64_t depth, const float* tops, float* scores) {
   VecF acc[Rows][Vecs];
   clear(acc);
-  const auto step = [&]() QTALE_INLINE_LAMBDA {
-    multiply_pairs(acc, queries, kRoundedStride, keys);
-    keys += kKeyStep;
-    queries += 2;
-  };
-  Unweighed u = others;
-  const std::int64_t both = min64(depth / 4, u.halves);
 #pragma GCC unroll 1
-  for (std::int64_t i = 0; i < both; ++i) {
-    step();
-    asm volatile("" : : : "memory");
-    step();
-    // Constants stay in memory, and nothing is loaded before its time: sums need the registers.
-    asm volatile("" : "+r"(u.table) : : "memory");
-    weigh_next(u);
-    asm volatile("" : : : "memory");
-  }
-#pragma GCC unroll 1
-  for (std::int64_t i = 2 * both; i < depth / 2; ++i) step();
-  weigh_all(u);
+  for (; depth > 0; depth -= 2, keys += kKeyStep, queries += 2) multiply_pairs(acc, queries, kRoundedStride, keys);
   unsigned raised = 0;
   unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
     VecF most = acc[r][0];
@@ -83,14 +63,34 @@ __attribute__((noipa)) unsigned tile_rounded_scores(const std::uint16_t* queries
 }
 
 // out [Rows][stride] += weights [Rows][kChunk] times so many pairs of values [pairs][stride], for Vecs vectors of
-// dimensions.
+// dimensions. Meanwhile scores of other queries are weighed, as far as there are steps: with hardly anything to
+// multiply, that needs little more time than the products alone.
 template <int Rows, int Vecs>
 __attribute__((noipa)) void tile_rounded_values(const std::uint16_t* weights, const std::uint16_t* values,
-                                                std::int64_t pairs, float* out, std::int64_t stride) {
+                                                std::int64_t pairs, float* out, std::int64_t stride,
+                                                Unweighed& others) {
   VecF acc[Rows][Vecs];
   clear(acc);
+  const auto step = [&]() QTALE_INLINE_LAMBDA {
+    multiply_pairs(acc, weights, kChunk, values);
+    weights += 2;
+    values += 2 * stride;
+  };
+  Unweighed u = others;
+  const std::int64_t both = min64(pairs / 2, u.halves);
 #pragma GCC unroll 1
-  for (; pairs > 0; --pairs, weights += 2, values += 2 * stride) multiply_pairs(acc, weights, kChunk, values);
+  for (std::int64_t i = 0; i < both; ++i) {
+    step();
+    asm volatile("" : : : "memory");
+    step();
+    // Constants stay in memory, and nothing is loaded before its time: sums need the registers.
+    asm volatile("" : "+r"(u.table) : : "memory");
+    weigh_next(u);
+    asm volatile("" : : : "memory");
+  }
+  others = u;
+#pragma GCC unroll 1
+  for (std::int64_t i = 2 * both; i < pairs; ++i) step();
   add_to(out, stride, acc);
 }
 
@@ -150,9 +150,9 @@ __attribute__((noipa)) void tile_direct_values(const std::uint16_t* weights, con
   add_to(out + column, depth, acc);
 }
 
-using RoundedScoresTile = unsigned (*)(const std::uint16_t*, const std::uint16_t*, std::int64_t, const float*, float*,
-                                       const Unweighed&);
-using RoundedValuesTile = void (*)(const std::uint16_t*, const std::uint16_t*, std::int64_t, float*, std::int64_t);
+using RoundedScoresTile = unsigned (*)(const std::uint16_t*, const std::uint16_t*, std::int64_t, const float*, float*);
+using RoundedValuesTile = void (*)(const std::uint16_t*, const std::uint16_t*, std::int64_t, float*, std::int64_t,
+                                   Unweighed&);
 constexpr int kRoundedRows = 6;  // of a tile
 
 template <int Vecs, int... Rows>

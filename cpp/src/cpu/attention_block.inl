@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::int64_t kQueries = 192;  // of a block: so many share the conversion of a chunk
 
-// E is the type of the cache.
+// E is the type of the cache, or of its values where keys have 8 bits.
 template <class E>
 class BlockSpan {
  protected:
@@ -35,13 +35,12 @@ class BlockSpan {
   const T* page(std::int64_t entry) const {
     const std::int64_t wanted = entry / kPageTokens, first = begin_ / kPageTokens, last = (end_ - 1) / kPageTokens;
     const std::int64_t kept = wanted < first ? first : wanted > last ? last : wanted;
-    return static_cast<const T*>(b_.pages[kept]) + b_.kv_head * kv_head_elements(a_.head_dim);
+    return static_cast<const T*>(b_.pages[kept]) + b_.kv_head * head_elements_;
   }
 
   // The same for an entry that may be beyond the span and is only asked for.
   const T* page_ahead(std::int64_t entry) const {
-    return static_cast<const T*>(b_.pages[min64(entry, last_ - 1) / kPageTokens]) +
-           b_.kv_head * kv_head_elements(a_.head_dim);
+    return static_cast<const T*>(b_.pages[min64(entry, last_ - 1) / kPageTokens]) + b_.kv_head * head_elements_;
   }
 
   // What each query sees of the chunk at an entry; most chunks are seen by all queries whole.
@@ -85,6 +84,9 @@ class BlockSpan {
   const AttentionBlock& b_;
   std::int64_t begin_, end_;  // entries
   std::int64_t count_;        // queries
+  // Elements of a KV head's part of a page, and of that before its values.
+  std::int64_t head_elements_ = kv_head_bytes(a_.head_dim, a_.dtype) / std::int64_t{sizeof(T)};
+  std::int64_t values_at_ = kv_values_at(a_.head_dim, a_.dtype) / std::int64_t{sizeof(T)};
   Range* ranges_;
   State state_;
   bool whole_ = false;     // whether all queries see all of the chunk

@@ -59,7 +59,9 @@ void kv_append(const AppendArgs& args) {
   const std::int64_t last = (args.first + args.rows - 1) / kPageTokens;
   const std::int64_t units = (last - args.first / kPageTokens + 1) * args.kv_heads;
   parallel_for(units, rows_per_task(std::min(args.rows, kPageTokens) * args.head_dim * 4),
-               [&](std::int64_t begin, std::int64_t end) { table.kv_append(args, begin, end); });
+               [&](std::int64_t begin, std::int64_t end) {
+                 (args.dtype == DType::s8 ? table.rounded.append_int8_keys : table.kv_append)(args, begin, end);
+               });
 }
 
 }  // namespace qtale::cpu

@@ -113,6 +113,12 @@ struct AttentionKernel {
   void (*finish)(const AttentionArgs&, const AttentionBlock&, const std::byte* state);
 };
 
+// What only CPUs with BF16 have.
+struct RoundedKernels {
+  AttentionKernel attention;  // of Compute::int8 and bfloat16, and of caches with keys of 8 bits
+  void (*append_int8_keys)(const AppendArgs&, std::int64_t begin, std::int64_t end);  // kv_append of those
+};
+
 // Kernels get checked arguments; [begin, end) are rows, and pairs of page and KV head of kv_append.
 struct DecoderKernels {
   void (*rms_norm)(const NormArgs&, std::int64_t begin, std::int64_t end);
@@ -122,7 +128,7 @@ struct DecoderKernels {
   ExpSum (*exp_sum)(const float* x, std::int64_t n);
   void (*kv_append)(const AppendArgs&, std::int64_t begin, std::int64_t end);
   AttentionKernel attention;
-  AttentionKernel rounded_attention;  // of Compute::int8 and bfloat16
+  RoundedKernels rounded;  // elsewhere the same attention and nullptr
 };
 
 // Scalar: the specification of the others.
@@ -131,11 +137,19 @@ extern const DecoderKernels generic_decoder_table;
 #ifdef QTALE_X86
 extern const DecoderKernels avx2_decoder_table;
 extern const DecoderKernels avx512_decoder_table;
-extern const AttentionKernel avx512_bf16_attention_table;  // of those where the CPU has BF16
+extern const RoundedKernels avx512_bf16_rounded_table;
 #endif
 
-// Elements from one KV head to the next within a page; keys come first, then as many values.
-inline std::int64_t kv_head_elements(std::int64_t head_dim) { return 2 * kPageTokens * head_dim; }
+// Where the values of a KV head begin within its part of a page, and how long that part is, in bytes. Keys come first;
+// those of 8 bits are codes [head_dim / 4][kPageTokens][4] and scales [kPageTokens] f32.
+inline std::int64_t kv_values_at(std::int64_t head_dim, DType dtype) {
+  const std::int64_t keys = kPageTokens * head_dim * size_of(dtype);
+  return dtype == DType::s8 ? keys + kPageTokens * std::int64_t{sizeof(float)} : keys;
+}
+inline std::int64_t kv_head_bytes(std::int64_t head_dim, DType dtype) {
+  return kv_values_at(head_dim, dtype) + kPageTokens * head_dim * size_of(dtype == DType::s8 ? DType::f16 : dtype);
+}
+constexpr std::int32_t kKeyOffset = 128;  // added to codes of keys, which makes them unsigned
 
 void rms_norm(const NormArgs& args, std::int64_t rows);
 void rope(const RopeArgs& args, std::int64_t rows);

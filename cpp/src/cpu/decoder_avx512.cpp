@@ -7,7 +7,13 @@
 namespace qtale::cpu {
 
 const DecoderKernels avx512_decoder_table = {
-    rms_norm_rows, rope_rows, silu_mul_rows, exp_sum_of, append_units, attending::kernel<6, 4>, attending::kernel<6, 4>,
+    rms_norm_rows,
+    rope_rows,
+    silu_mul_rows,
+    exp_sum_of,
+    append_units,
+    attending::kernel<6, 4>,
+    {attending::kernel<6, 4>, nullptr},
 };
 
 }  // namespace qtale::cpu

@@ -5,6 +5,6 @@
 
 namespace qtale::cpu {
 
-const AttentionKernel avx512_bf16_attention_table = attending::rounded_kernel;
+const RoundedKernels avx512_bf16_rounded_table = {attending::rounded_kernel, append_int8_keys};
 
 }  // namespace qtale::cpu

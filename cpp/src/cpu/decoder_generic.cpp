@@ -7,7 +7,13 @@
 namespace qtale::cpu {
 
 const DecoderKernels generic_decoder_table = {
-    rms_norm_rows, rope_rows, silu_mul_rows, exp_sum_of, append_units, attending::kernel<4, 1>, attending::kernel<4, 1>,
+    rms_norm_rows,
+    rope_rows,
+    silu_mul_rows,
+    exp_sum_of,
+    append_units,
+    attending::kernel<4, 1>,
+    {attending::kernel<4, 1>, nullptr},
 };
 
 }  // namespace qtale::cpu

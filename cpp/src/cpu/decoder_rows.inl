@@ -7,6 +7,7 @@
 #include "cpu/decoder.h"
 #include "cpu/elements.inl"
 #include "cpu/exp.inl"
+#include "cpu/kv_entries.inl"
 
 namespace qtale::cpu {
 namespace {
@@ -128,17 +129,11 @@ void append_row(const float* k, const float* v, std::int64_t head_dim, typename 
 
 template <class E>
 void append_typed(const AppendArgs& a, std::int64_t begin, std::int64_t end) {
-  const std::int64_t first_page = a.first / kPageTokens, block = kPageTokens * a.head_dim;
-  for (std::int64_t unit = begin; unit < end; ++unit) {
-    const std::int64_t page = first_page + unit / a.kv_heads, head = unit % a.kv_heads;
-    auto* keys = static_cast<typename E::T*>(a.pages[page]) + head * kv_head_elements(a.head_dim);
-    const std::int64_t from = page * kPageTokens > a.first ? page * kPageTokens : a.first;
-    const std::int64_t to = min64((page + 1) * kPageTokens, a.first + a.rows);
-    for (std::int64_t entry = from; entry < to; ++entry) {
-      const std::int64_t slot = entry % kPageTokens, row = entry - a.first;
-      append_row<E>(a.k.at(row, head), a.v.at(row, head), a.head_dim, keys + slot, keys + block + slot * a.head_dim);
-    }
-  }
+  for_entries(a, begin, end, [&](std::byte* part, std::int64_t slot, std::int64_t row, std::int64_t head) {
+    auto* keys = reinterpret_cast<typename E::T*>(part);
+    append_row<E>(a.k.at(row, head), a.v.at(row, head), a.head_dim, keys + slot,
+                  keys + (kPageTokens + slot) * a.head_dim);
+  });
 }
 
 void append_units(const AppendArgs& a, std::int64_t begin, std::int64_t end) {

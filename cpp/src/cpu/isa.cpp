@@ -15,7 +15,7 @@ namespace {
 const KernelTable& avx512_bf16_table() {
   static const DecoderKernels decoder = [] {
     DecoderKernels same = avx512_decoder_table;
-    same.rounded_attention = avx512_bf16_attention_table;
+    same.rounded = avx512_bf16_rounded_table;
     return same;
   }();
   static const KernelTable table = [] {

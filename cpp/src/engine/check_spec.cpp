@@ -7,6 +7,7 @@
 #include "core/text.h"
 #include "engine/projection.h"
 #include "ops/check.h"
+#include "qtale/decoder_ops.h"
 
 namespace qtale::engine {
 namespace {
@@ -105,8 +106,7 @@ void check_spec(const DecoderSpec& spec) {
   check_size("context", spec.context);
   if (spec.num_heads % spec.num_kv_heads != 0)
     fail_input("Decoder: {} heads do not share {} key-value heads evenly.", spec.num_heads, spec.num_kv_heads);
-  if (spec.kv_dtype != DType::f32 && spec.kv_dtype != DType::f16)
-    fail_input("Decoder: kv_dtype is {}; use float32 or float16.", name_of(spec.kv_dtype));
+  kv_page_bytes(spec.num_kv_heads, spec.head_dim, spec.kv_dtype);  // refuses caches that there are not
   if (!(spec.norm_eps >= 0.0F) || !std::isfinite(spec.attention_scale))
     fail_input("Decoder: norm_eps is {} and attention_scale {}; both must be finite numbers.", spec.norm_eps,
                spec.attention_scale);

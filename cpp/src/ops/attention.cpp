@@ -3,19 +3,27 @@
 
 #include "core/text.h"
 #include "cpu/decoder.h"
+#include "cpu/isa.h"
 #include "ops/check.h"
+#include "qtale/device.h"
 
 namespace qtale {
 namespace {
 
 constexpr std::int64_t kMaxHeadDim = 256;
+constexpr std::int64_t kMinRotated = 16;  // dimensions that fill a register
 
 void check_cache(std::string_view op, std::int64_t kv_heads, std::int64_t head_dim, DType dtype) {
   if (kv_heads < 1) fail_input("{}: {} KV heads are not possible; use at least 1.", op, kv_heads);
   if (head_dim < 2 || head_dim > kMaxHeadDim || head_dim % 2 != 0)
     fail_input("{}: head_dim {} is not supported; use an even number up to {}.", op, head_dim, kMaxHeadDim);
-  if (dtype != DType::f16 && dtype != DType::f32)
-    fail_input("{}: a cache of {} is not supported; use float16 or float32.", op, name_of(dtype));
+  if (dtype != DType::f16 && dtype != DType::f32 && dtype != DType::s8)
+    fail_input("{}: a cache of {} is not supported; use float16, float32 or int8 keys.", op, name_of(dtype));
+  if (dtype == DType::s8 && !has_int8_keys(head_dim))
+    fail_input(
+        "{}: keys of 8 bits need a CPU with AVX-512 BF16 and a head_dim that is a power of two from {} up, but the "
+        "kernels in use are {} and head_dim is {}; use a cache of float16.",
+        op, kMinRotated, cpu_isa(), head_dim);
 }
 
 // The pages of entries [begin, end) are there.
@@ -46,9 +54,14 @@ void check_run(const AttentionRun& run, std::int64_t from, std::int64_t rows, co
 
 }  // namespace
 
+bool has_int8_keys(std::int64_t head_dim) {
+  const bool rotates = head_dim >= kMinRotated && head_dim <= kMaxHeadDim && (head_dim & (head_dim - 1)) == 0;
+  return rotates && cpu::kernels().decoder->rounded.append_int8_keys != nullptr;
+}
+
 std::int64_t kv_page_bytes(std::int64_t kv_heads, std::int64_t head_dim, DType dtype) {
   check_cache("kv_page_bytes", kv_heads, head_dim, dtype);
-  return kv_heads * cpu::kv_head_elements(head_dim) * size_of(dtype);
+  return kv_heads * cpu::kv_head_bytes(head_dim, dtype);
 }
 
 void kv_append(const TensorView& k, const TensorView& v, std::span<void* const> pages, std::int64_t first,

@@ -58,7 +58,9 @@ def load(
     are, "bfloat16" is "float" but for what is not quantized, where weights and activations are rounded to bfloat16:
     twice as fast on CPUs with AVX-512 BF16, InputError on others.
     ``context`` bounds the tokens of a sequence (default: max_position_embeddings). ``kv_dtype`` is "float16",
-    "float32", or "auto": float32 for models stored in it. ``kv_rule`` is what tokens that skip a layer leave in it
+    "float32", "int8-keys" (keys rotated by a Hadamard matrix and rounded to 8 bits, values in float16; with AVX-512
+    BF16), or "auto": float32 for models stored in it, 8-bit keys for ``compute="int8"`` where every layer is quantized
+    and the CPU has them, else float16. ``kv_rule`` is what tokens that skip a layer leave in it
     ("evict": nothing, "keep": keys and values; default: as the model's routing says). ``num_threads`` is for this
     engine alone.
 

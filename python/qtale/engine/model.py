@@ -18,7 +18,7 @@ from qtale.engine.spec import DecoderSpec, read_spec
 from qtale.engine.weights import check_memory, read_weights
 from qtale.errors import CheckpointError, InputError
 from qtale.routing import KV_RULES, Routing, read_routing
-from qtale.spec import ENGINE_COMPUTE
+from qtale.spec import ENGINE_COMPUTE, NUM_BITS
 from qtale.tensors import memory
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("qtale")
 
-KV_DTYPES = ("auto", "float16", "float32")
+INT8_KEYS = "int8-keys"
+KV_DTYPES = ("auto", "float16", "float32", INT8_KEYS)
 _MAX_CONTEXT = 1 << 30
 
 
@@ -69,6 +70,14 @@ class LoadReport:
     from_cache: bool
 
 
+def _check_keys(kv_dtype: str, head_dim: int) -> None:
+    if kv_dtype == INT8_KEYS and not _core.has_int8_keys(head_dim):
+        raise InputError(
+            f"load: kv_dtype {INT8_KEYS!r} needs a CPU with AVX-512 BF16 and a head_dim that is a power of two from 16 "
+            f"to 256, but the kernels in use are {_core.cpu_isa()} and head_dim is {head_dim}; use 'float16'."
+        )
+
+
 class LoadedModel:
     """Weights of one folder; ``arena`` is what loading filled, of which regions may move away."""
 
@@ -83,6 +92,7 @@ class LoadedModel:
         start = time.perf_counter()
         where = str(folder.path)
         self.spec: DecoderSpec = read_spec(folder.config, where)
+        _check_keys(options.kv_dtype, self.spec.head_dim)
         found = read_routing(folder.path, self.spec.num_layers, self.spec.hidden_size)
         self.routing: Routing = found or Routing()
         self.layout: Layout = plan_layout(folder, self.spec, weights)
@@ -107,10 +117,13 @@ class LoadedModel:
 
     @property
     def kv_dtype(self) -> str:
-        """What keys and values are kept in."""
+        """What keys and values are kept in; of the choices but "auto"."""
         if self.options.kv_dtype != "auto":
             return self.options.kv_dtype
-        return "float32" if self.layout.blocks["embedding"].sources[0].dtype == "float32" else "float16"
+        if self.layout.blocks["embedding"].sources[0].dtype == "float32":
+            return "float32"
+        rounds = self.options.compute == "int8" and max(self.layout.bits) <= max(NUM_BITS)
+        return INT8_KEYS if rounds and _core.has_int8_keys(self.spec.head_dim) else "float16"
 
     def move(self, region: str, layout: Layout, arena: Arena, offset: int) -> None:
         """Let a region be what it is in another layout, at ``offset`` of ``arena``; its old memory is given back.
@@ -157,7 +170,7 @@ class LoadedModel:
             "dynamic_factor": rope.dynamic_factor,
             "dynamic_length": rope.dynamic_length,
             "compute": self.options.compute,
-            "kv_dtype": self.kv_dtype,
+            "kv_dtype": "int8" if self.kv_dtype == INT8_KEYS else self.kv_dtype,
             "kv_rule": self.options.kv_rule or self.routing.kv_rule,
         }
 
