@@ -1,6 +1,6 @@
 // qmatmul on AVX2 over 16-row panels, from row blocks down to tiles.
 // One row streams four panels at a time and two rows two panels, because a single stream does not draw all the memory
-// can give. More rows go through one panel in tiles of up to six.
+// can give. More rows go through one panel in tiles of up to six; just seven of up to 4 bits make one tile.
 #pragma once
 
 #include "cpu/matmul_avx2_tile.inl"
@@ -14,7 +14,8 @@ constexpr int kKeptBytes = 32768;
 // Lives on the stack of each thread that runs tiles.
 struct Frame {
   alignas(64) float out[kRowBlock * kRows];
-  alignas(64) float part[kTile * kRows];
+  alignas(64) float part[direct_rows(false) * kRows];
+  alignas(64) __m256i seventh[2][2];
   alignas(64) std::uint8_t kept[kKeptBytes];
   alignas(64) float kept_scales[kKeptBytes / kPadK];
 };
@@ -25,12 +26,14 @@ void finish_panel(const MatmulArgs& a, const Acts& acts, std::int64_t panel, std
   const Layout& l = *a.layout;
   const std::uint8_t* params = a.panels + panel * l.panel_bytes + l.param_offset(0);
   const std::int64_t col = panel * kRows, count = min64(kRows, l.n - col);
+  VecF scales[2];
+  if (l.per_channel) load_scales(params, l.scale_dtype, scales);
   for (std::int64_t r = 0; r < rows; r += acts.planes) {
     float* values = out + r * kRows;
     for (int half = 0; half < 2; ++half) {
       VecF sum = load_f32(values + (acts.planes - 1) * kRows + 8 * half);
       for (std::int64_t p = acts.planes - 2; p >= 0; --p) sum = add(sum, load_f32(values + p * kRows + 8 * half));
-      if (l.per_channel) sum = mul(sum, load_scales(params, l.scale_dtype, half));
+      if (l.per_channel) sum = mul(sum, scales[half]);
       store_f32(values + 8 * half, sum);
     }
     store_outputs(a, (row + r) / acts.planes, col, values, count);
@@ -46,7 +49,7 @@ void run_streams(const MatmulArgs& a, const Acts& acts, Frame& frame, int stream
   for (std::int64_t i = 0; i < length; ++i) {
     std::memset(frame.out, 0, static_cast<std::size_t>(streams * rows * kRows) * sizeof(float));
     tile({&l, &acts, row, a.panels + (begin + i) * l.panel_bytes, length * l.panel_bytes, 0, l.blocks, frame.kept,
-          frame.kept_scales, frame.kept, 0, frame.part, frame.out});
+          frame.kept_scales, frame.kept, 0, frame.part, frame.out, frame.seventh});
     for (std::int64_t s = 0; s < streams; ++s)
       finish_panel(a, acts, begin + i + s * length, row, rows, frame.out + s * rows * kRows);
   }
@@ -60,23 +63,35 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
   const Layout& l = *a.layout;
   const bool wide = l.num_bits == 8;
   const std::uint8_t* codes = a.panels + panel * l.panel_bytes;
-  const std::int64_t stretch = rows > kTile ? (rows > 24 ? 8192 : kKeptBytes) / kept_bytes(wide) / l.block_k : l.blocks;
+  const bool direct = rows <= direct_rows(wide);
+  const std::int64_t stretch = !direct ? (rows > 24 ? 8192 : kKeptBytes) / kept_bytes(wide) / l.block_k : l.blocks;
   std::memset(frame.out, 0, static_cast<std::size_t>(rows * kRows) * sizeof(float));
   for (std::int64_t b = 0; b < l.blocks; b += stretch) {
-    Tile tile{
-        &l,         &acts, row,        codes,    0, b, min64(b + stretch, l.blocks), frame.kept, frame.kept_scales,
-        frame.kept, 0,     frame.part, frame.out};
+    Tile tile{&l,
+              &acts,
+              row,
+              codes,
+              0,
+              b,
+              min64(b + stretch, l.blocks),
+              frame.kept,
+              frame.kept_scales,
+              frame.kept,
+              0,
+              frame.part,
+              frame.out,
+              frame.seventh};
     for (std::int64_t m = 0; m < rows;) {
-      const std::int64_t size = next_tile(rows - m, kTile);
+      const std::int64_t size = direct ? rows : next_tile(rows - m, kTile);
       tile.row = row + m;
       tile.out = frame.out + m * kRows;
       if (m > 0 && m + size == rows) {
         tile.ahead = codes + l.block_offset(tile.end);
         tile.ahead_step = wide ? 64 : 16 * l.num_bits;
       }
-      const TileFn run = m > 0          ? kept_tile(l.num_bits, size)
-                         : size == rows ? direct_tile(l.num_bits, size, 1)
-                                        : keeping_tile(l.num_bits, size);
+      const TileFn run = direct  ? direct_tile(l.num_bits, size, 1)
+                         : m > 0 ? kept_tile(l.num_bits, size)
+                                 : keeping_tile(l.num_bits, size);
       run(tile);
       m += size;
     }

@@ -133,11 +133,13 @@ QTALE_INLINE void prefetch_lines(const std::uint8_t* w, std::int64_t stream) {
     _mm_prefetch(reinterpret_cast<const char*>(w) + s * stream + 64 * line + kPrefetch, _MM_HINT_T0);
 }
 
-// Where the rows of a tile begin. Two registers and a stride reach six rows through the addressing modes.
+// Where the rows of a tile begin. Two registers and a stride reach six rows through the addressing modes, the seventh
+// takes another stride.
 struct RowPointers {
   const std::byte* first;
   const std::byte* fourth;
   std::int64_t stride;
+  std::int64_t three_strides;  // from the fourth row to the seventh
 };
 
 // One statement, because compilers load the broadcasts of all rows first when they may, and spill the accumulators.
@@ -164,6 +166,17 @@ QTALE_INLINE void multiply_add(__m256i& c0, __m256i& c1, __m256i w0, __m256i w1,
   } else {
     QTALE_MULTIPLY_ADD_ROW("vpmaddubsw", "vpaddw");
   }
+}
+
+// The same of bytes for the seventh row, whose sums stay in memory.
+template <int Offset>
+QTALE_INLINE void multiply_add_seventh(__m256i (&c)[2], __m256i w0, __m256i w1, const RowPointers& rows) {
+  __m256i b, t;
+  asm volatile(
+      "vpbroadcastd %c[offset](%[d],%[s3]), %[b]\n\tvpmaddubsw %[b], %[w0], %[t]\n\tvpmaddubsw %[b], %[w1], %[b]\n\t"
+      "vpaddw %[c0], %[t], %[t]\n\tvpaddw %[c1], %[b], %[b]\n\tvmovdqa %[t], %[c0]\n\tvmovdqa %[b], %[c1]"
+      : [c0] "+m"(c[0]), [c1] "+m"(c[1]), [b] "=&x"(b), [t] "=&x"(t)
+      : [w0] "x"(w0), [w1] "x"(w1), [d] "r"(rows.fourth), [s3] "r"(rows.three_strides), [offset] "i"(Offset));
 }
 
 #undef QTALE_MULTIPLY_ADD_ROW

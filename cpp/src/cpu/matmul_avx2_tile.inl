@@ -1,4 +1,4 @@
-// The micro-kernel of the AVX2 tier: up to six rows of activation codes times one panel, or fewer rows times several.
+// The micro-kernel of the AVX2 tier: up to seven rows of activation codes times one panel, or fewer rows times several.
 // Codes of up to 4 bits stay unsigned: products with signed bytes fit 16 bits, and their sums may wrap, because lanes
 // start at minus the code offset times their activations and a flush ends before |sum| > 32767. 8-bit codes are
 // multiplied as 16-bit numbers.
@@ -10,6 +10,8 @@ namespace qtale::cpu {
 namespace {
 
 constexpr int kTile = 6;  // rows: twelve accumulators leave room for two weights, a broadcast and a product
+// Rows that take a panel's codes as they are, in one tile. 8-bit codes, which wait for memory, gain more by being kept.
+constexpr int direct_rows(bool wide) { return wide ? kTile : kTile + 1; }
 
 // Rows from `row` on times blocks [begin, end) of one panel, or of several panels `stream` bytes apart. Sums are added
 // to out [streams][rows][16]; part, as large, holds those of an unfinished activation group.
@@ -26,6 +28,7 @@ struct Tile {
   std::int64_t ahead_step;    // and how far that goes on for every 128 bytes of kept codes
   float* part;
   float* out;
+  __m256i (*seventh)[2];  // sums of the seventh row: those of even fields, those of odd ones
 };
 
 using TileFn = void (*)(const Tile&);
@@ -44,23 +47,33 @@ struct Place {
   std::int64_t in_group;  // inputs of the activation group so far
 };
 
-// Scales of panel rows 8 * half to 8 * half + 7.
-QTALE_INLINE __m256 load_scales(const std::uint8_t* p, DType dtype, int half) {
-  if (dtype == DType::f16) return load_f16(reinterpret_cast<const std::uint16_t*>(p) + 8 * half);
-  if (dtype == DType::bf16) return load_bf16(reinterpret_cast<const std::uint16_t*>(p) + 8 * half);
-  return load_f32(reinterpret_cast<const float*>(p) + 8 * half);
+// Scales of a panel's rows; both halves at once, because every flush looks at their type.
+QTALE_INLINE void load_scales(const std::uint8_t* p, DType dtype, __m256 (&scales)[2]) {
+  if (dtype == DType::f16) {
+    scales[0] = load_f16(reinterpret_cast<const std::uint16_t*>(p));
+    scales[1] = load_f16(reinterpret_cast<const std::uint16_t*>(p) + 8);
+  } else if (dtype == DType::bf16) {
+    scales[0] = load_bf16(reinterpret_cast<const std::uint16_t*>(p));
+    scales[1] = load_bf16(reinterpret_cast<const std::uint16_t*>(p) + 8);
+  } else {
+    scales[0] = load_f32(reinterpret_cast<const float*>(p));
+    scales[1] = load_f32(reinterpret_cast<const float*>(p) + 8);
+  }
 }
 
 template <class C, int T, int S, int Field, int Row = 0>
-QTALE_INLINE void multiply_rows(__m256i (&acc)[S][T][2], int s, __m256i w0, __m256i w1, const RowPointers& rows) {
+QTALE_INLINE void multiply_rows(__m256i (&acc)[S][T][2], int s, __m256i w0, __m256i w1, const RowPointers& rows,
+                                __m256i (*seventh)[2]) {
   multiply_add<C::kWide, Row, 4 * Field>(acc[s][Row][0], acc[s][Row][1], w0, w1, rows);
-  if constexpr (Row + 1 < T) multiply_rows<C, T, S, Field, Row + 1>(acc, s, w0, w1, rows);
+  // In two copies, because a sum takes long from its store to its next load.
+  if constexpr (T > kTile && Row == 2) multiply_add_seventh<4 * Field>(seventh[Field % 2], w0, w1, rows);
+  if constexpr (Row + 1 < T && Row + 1 < kTile) multiply_rows<C, T, S, Field, Row + 1>(acc, s, w0, w1, rows, seventh);
 }
 
 // Fields of one step of stream s, from the one that comes at place `At` on.
 template <class C, int T, int S, bool Keep, int At = 0>
 QTALE_INLINE void multiply_fields(__m256i (&acc)[S][T][2], int s, const std::uint8_t* w, const RowPointers& rows,
-                                  std::uint8_t* kept) {
+                                  std::uint8_t* kept, __m256i (*seventh)[2]) {
   constexpr bool kFull = T * S > 4;
   constexpr int kField = C::field(At);
   // Hides that fields share lines: keeping those in registers would push sums out.
@@ -70,37 +83,48 @@ QTALE_INLINE void multiply_fields(__m256i (&acc)[S][T][2], int s, const std::uin
     _mm256_store_si256(reinterpret_cast<__m256i*>(kept + 64 * kField), w0);
     _mm256_store_si256(reinterpret_cast<__m256i*>(kept + 64 * kField + 32), w1);
   }
-  multiply_rows<C, T, S, kField>(acc, s, w0, w1, rows);
-  if constexpr (At + 1 < C::kFields) multiply_fields<C, T, S, Keep, At + 1>(acc, s, w, rows, kept);
+  multiply_rows<C, T, S, kField>(acc, s, w0, w1, rows, seventh);
+  if constexpr (At + 1 < C::kFields) multiply_fields<C, T, S, Keep, At + 1>(acc, s, w, rows, kept, seventh);
 }
 
 template <class C, bool Keep>
-QTALE_INLINE __m256 block_scales(const Layout& l, const Place& at, std::int64_t stream, int half) {
-  if constexpr (C::kKept) return _mm256_load_ps(at.kept_scales + 8 * half);
-  const __m256 scales = l.per_channel ? set1(1.0f) : load_scales(at.params + stream, l.scale_dtype, half);
-  if constexpr (Keep) _mm256_store_ps(at.kept_scales + 8 * half, scales);
-  return scales;
+QTALE_INLINE void block_scales(const Layout& l, const Place& at, std::int64_t stream, __m256 (&scales)[2]) {
+  if constexpr (C::kKept)
+    load_scales(reinterpret_cast<const std::uint8_t*>(at.kept_scales), DType::f32, scales);
+  else if (l.per_channel)
+    scales[0] = scales[1] = set1(1.0f);
+  else
+    load_scales(at.params + stream, l.scale_dtype, scales);
+  if constexpr (Keep) {
+    _mm256_store_ps(at.kept_scales, scales[0]);
+    _mm256_store_ps(at.kept_scales + 8, scales[1]);
+  }
 }
 
 // Adds one flush to the part of its activation group, or, where that ends, to the outputs.
 template <class C, int T, int S, bool Keep, bool First, bool Last, bool Zeros>
 QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, __m256i (&acc)[S][T][2]) {
   QTALE_UNROLL
-  for (int s = 0; s < S; ++s) QTALE_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const __m256 scale = block_scales<C, Keep>(l, at, s * t.stream, half);
+  for (int s = 0; s < S; ++s) {
+    __m256 scales[2];
+    block_scales<C, Keep>(l, at, s * t.stream, scales);
     const auto* zero_points = reinterpret_cast<const std::int8_t*>(at.params + s * t.stream + l.scale_bytes);
-    const __m256 zeros = Zeros ? load_s8(zero_points + 8 * half) : _mm256_setzero_ps();
     QTALE_UNROLL
-    for (int m = 0; m < T; ++m) {
-      const __m256i sum = C::kWide ? acc[s][m][half] : _mm256_madd_epi16(acc[s][m][half], _mm256_set1_epi16(1));
-      __m256 value = _mm256_cvtepi32_ps(sum);
-      if constexpr (Zeros) value = _mm256_fnmadd_ps(zeros, _mm256_broadcast_ss(at.sums + m), value);
-      const int to = (s * T + m) * kRows + 8 * half;
-      value = First ? _mm256_mul_ps(value, scale) : _mm256_fmadd_ps(value, scale, _mm256_load_ps(t.part + to));
-      if constexpr (Last)
-        value = _mm256_fmadd_ps(value, _mm256_broadcast_ss(at.input_scales + m), _mm256_load_ps(t.out + to));
-      _mm256_store_ps((Last ? t.out : t.part) + to, value);
+    for (int half = 0; half < 2; ++half) {
+      const __m256 zeros = Zeros ? load_s8(zero_points + 8 * half) : _mm256_setzero_ps();
+      QTALE_UNROLL
+      for (int m = 0; m < T; ++m) {
+        const __m256i lanes = m < kTile ? acc[s][m][half] : _mm256_add_epi16(t.seventh[0][half], t.seventh[1][half]);
+        const __m256i sum = C::kWide ? lanes : _mm256_madd_epi16(lanes, _mm256_set1_epi16(1));
+        __m256 value = _mm256_cvtepi32_ps(sum);
+        if constexpr (Zeros) value = _mm256_fnmadd_ps(zeros, _mm256_broadcast_ss(at.sums + m), value);
+        const int to = (s * T + m) * kRows + 8 * half;
+        value = First ? _mm256_mul_ps(value, scales[half])
+                      : _mm256_fmadd_ps(value, scales[half], _mm256_load_ps(t.part + to));
+        if constexpr (Last)
+          value = _mm256_fmadd_ps(value, _mm256_broadcast_ss(at.input_scales + m), _mm256_load_ps(t.out + to));
+        _mm256_store_ps((Last ? t.out : t.part) + to, value);
+      }
     }
   }
 }
@@ -127,7 +151,8 @@ QTALE_INLINE void multiply_steps(const Tile& t, Place& at, std::int64_t steps, _
       prefetch_lines<C::kBytes / 64, S>(at.codes, t.stream);
     }
     QTALE_UNROLL
-    for (int s = 0; s < S; ++s) multiply_fields<C, T, S, Keep>(acc, s, at.codes + s * t.stream, at.rows, at.kept);
+    for (int s = 0; s < S; ++s)
+      multiply_fields<C, T, S, Keep>(acc, s, at.codes + s * t.stream, at.rows, at.kept, t.seventh);
     at.codes += C::kBytes;
     at.rows.first += 4 * C::kFields;
     at.rows.fourth += 4 * C::kFields;
@@ -146,7 +171,12 @@ QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place&
     QTALE_UNROLL
     for (int s = 0; s < S; ++s) acc[s][m][0] = acc[s][m][1] = start;
   }
-  multiply_steps<C, T, S, Keep>(t, at, count / C::kInputs, acc);
+  if constexpr (T > kTile) {
+    t.seventh[0][0] = t.seventh[0][1] = acc[0][kTile][0];
+    t.seventh[1][0] = t.seventh[1][1] = _mm256_setzero_si256();
+  }
+  // Unsigned numbers divide by a shift alone.
+  multiply_steps<C, T, S, Keep>(t, at, static_cast<std::uint64_t>(count) / C::kInputs, acc);
   if (l.symmetric)
     end_flush<C, T, S, Keep, false>(t, l, at, last, acc);
   else
@@ -158,6 +188,8 @@ QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place&
     at.in_group = 0;
     at.input_scales += acts.rows;
   }
+  // Hides how they move on: compilers would move a pointer for every row.
+  asm("" : "+r"(at.starts), "+r"(at.sums), "+r"(at.input_scales));
 }
 
 Place first_place(const Tile& t, bool kept) {
@@ -170,7 +202,7 @@ Place first_place(const Tile& t, bool kept) {
           t.ahead,
           t.panel + l.param_offset(t.begin),
           t.kept_scales,
-          {row, row + 3 * acts.stride, acts.stride},
+          {row, row + 3 * acts.stride, acts.stride, 3 * acts.stride},
           acts.starts + index * acts.rows + t.row,
           acts.sums + index * acts.rows + t.row,
           acts.scales + k / kActGroup * acts.rows + t.row,
@@ -179,11 +211,12 @@ Place first_place(const Tile& t, bool kept) {
 
 template <class C, int T, int S, bool Keep>
 __attribute__((noipa)) void tile_int8(const Tile& tile) {
-  // Copies, because for the compiler every store of a sum may change what it points to.
+  // Copies, because for the compiler every store of a sum may change what it points to. Nothing takes the address of t:
+  // its fields were stored one by one just now, and a copy in memory, made by wider loads, would wait for those stores.
   const Tile t = tile;
   const Layout l = *t.layout;
   const Acts acts = *t.acts;
-  Place at = first_place(t, C::kKept);
+  Place at = first_place(tile, C::kKept);
   const std::int64_t params_step = l.per_channel ? 0 : l.block_offset(1);
   for (std::int64_t b = t.begin; b < t.end; ++b) {
     std::int64_t left = l.block_size(b);
@@ -201,15 +234,19 @@ __attribute__((noipa)) void tile_int8(const Tile& tile) {
 template <int Bits>
 TileFn direct_tile(std::int64_t rows, int streams) {
   using C = Codes<Bits>;
-  static constexpr TileFn kSingle[kTile] = {tile_int8<C, 1, 1, false>, tile_int8<C, 2, 1, false>,
-                                            tile_int8<C, 3, 1, false>, tile_int8<C, 4, 1, false>,
-                                            tile_int8<C, 5, 1, false>, tile_int8<C, 6, 1, false>};
+  static constexpr TileFn kSingle[kTile + 1] = {tile_int8<C, 1, 1, false>,
+                                                tile_int8<C, 2, 1, false>,
+                                                tile_int8<C, 3, 1, false>,
+                                                tile_int8<C, 4, 1, false>,
+                                                tile_int8<C, 5, 1, false>,
+                                                tile_int8<C, 6, 1, false>,
+                                                tile_int8<C, direct_rows(C::kWide), 1, false>};
   static constexpr TileFn kStreams[3] = {tile_int8<C, 1, 4, false>, tile_int8<C, 2, 2, false>,
                                          tile_int8<C, 3, 2, false>};
   return streams == 1 ? kSingle[rows - 1] : kStreams[rows - 1];
 }
 
-// Only products of seven and more rows keep codes: their first tile has four to six rows, the others three to six.
+// Only products of more than direct_rows keep codes: their first tile has four to six rows, the others three to six.
 template <int Bits>
 TileFn keeping_tile(std::int64_t rows) {
   using C = Codes<Bits>;
