@@ -64,7 +64,7 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
   const bool wide = l.num_bits == 8;
   const std::uint8_t* codes = a.panels + panel * l.panel_bytes;
   const bool direct = rows <= direct_rows(wide);
-  const std::int64_t stretch = !direct ? (rows > 24 ? 8192 : kKeptBytes) / kept_bytes(wide) / l.block_k : l.blocks;
+  const std::int64_t stretch = !direct ? (rows > 48 ? 8192 : kKeptBytes) / kept_bytes(wide) / l.block_k : l.blocks;
   std::memset(frame.out, 0, static_cast<std::size_t>(rows * kRows) * sizeof(float));
   for (std::int64_t b = 0; b < l.blocks; b += stretch) {
     Tile tile{&l,
