@@ -47,7 +47,7 @@ def long_prompt(subject: Subject, sizes: Sizes) -> Row:
     def rate(tokens: int) -> float:
         return tokens / subject.prefill_seconds(tokens)
 
-    result = paired(partial(rate, sizes.long), [partial(rate, sizes.short)], max(1, sizes.slow_repeats // 2))
+    result = paired(partial(rate, sizes.long), [partial(rate, sizes.short)], (sizes.slow_repeats + 1) // 2)
     row = make_row(f"prefill {sizes.long}", result.value, "tokens/s", result, limit_name=f"prefill {sizes.short}")
     return judge(row, LONG_PROMPT)
 
