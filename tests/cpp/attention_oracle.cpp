@@ -14,8 +14,8 @@ TensorView cube(const std::vector<float>& data, std::int64_t rows, std::int64_t 
   return {const_cast<float*>(data.data()), DType::f32, 3, {rows, heads, n}, {heads * n, n, 1}, {}};
 }
 
-// Makes a key what a cache of s8 holds, by another way than the operator's; returns the sum of |rotated key|.
-float round_key(float* key, std::int64_t head_dim) {
+// Makes a key or query what it is beside keys of 8 bits, by another way than the operator's.
+void round_to_codes(float* key, std::int64_t head_dim) {
   const std::vector<double> turned = rotated({key, static_cast<std::size_t>(head_dim)});
   double largest = 0.0;
   for (const double x : turned) largest = std::max(largest, std::fabs(x));
@@ -24,9 +24,6 @@ float round_key(float* key, std::int64_t head_dim) {
     codes[i] = static_cast<float>(std::nearbyint(turned[i] * 127.0 / largest));
   const std::vector<double> back = rotated(codes);  // the matrix is its own inverse
   for (std::size_t i = 0; i < back.size(); ++i) key[i] = static_cast<float>(back[i] * largest / 127.0);
-  float sum = 0.0f;
-  for (const float code : codes) sum += std::fabs(code);
-  return sum * static_cast<float>(largest) / 127.0f;
 }
 
 }  // namespace
@@ -47,7 +44,6 @@ Cache::Cache(std::int64_t entries_, std::int64_t kv_heads_, std::int64_t head_di
   for (auto& page : memory) pages.push_back(page.data());
   k.resize(static_cast<std::size_t>(entries * kv_heads * head_dim));
   v.resize(k.size());
-  sums.resize(static_cast<std::size_t>(entries * kv_heads));
 }
 
 void Cache::append(std::vector<float> keys, std::vector<float> values, std::int64_t first) {
@@ -55,8 +51,7 @@ void Cache::append(std::vector<float> keys, std::vector<float> values, std::int6
   kv_append(cube(keys, rows, kv_heads, head_dim), cube(values, rows, kv_heads, head_dim), pages, first, dtype);
   const auto stored = [&](float x) { return dtype == DType::f32 ? x : f16_to_float(float_to_f16(x)); };
   if (dtype == DType::s8) {
-    for (std::int64_t i = 0; i < rows * kv_heads; ++i)
-      sums[static_cast<std::size_t>(first * kv_heads + i)] = round_key(keys.data() + i * head_dim, head_dim);
+    for (std::int64_t i = 0; i < rows * kv_heads; ++i) round_to_codes(keys.data() + i * head_dim, head_dim);
     std::copy(keys.begin(), keys.end(), k.begin() + first * kv_heads * head_dim);
   } else {
     std::transform(keys.begin(), keys.end(), k.begin() + first * kv_heads * head_dim, stored);
@@ -96,32 +91,25 @@ std::vector<float> Attending::run() const {
 
 namespace {
 
-// Most that rounding a query to 8 bits moves its scores.
-double score_error(const Attending& a, const Cache& c, std::int64_t row, std::int64_t kv, const float* q) {
-  double largest = 0.0, most = 0.0;
-  for (const double x : rotated({q, static_cast<std::size_t>(a.head_dim)})) largest = std::max(largest, std::fabs(x));
-  for (std::int64_t j = a.begin[row]; j < a.end[row]; ++j)
-    most = std::max(most, double{c.sums[static_cast<std::size_t>(j * c.kv_heads + kv)]});
-  return a.scale * largest * most / 254.0;
-}
-
-// What rounding adds to the error, as a share of the largest value.
-double rounding_share(const Attending& a, const Cache& c, std::int64_t row, std::int64_t kv, const float* q,
-                      double reach) {
-  if (c.dtype == DType::s8) return std::min(2.0, 0x1p-8 * 1.25 + std::expm1(2.0 * score_error(a, c, row, kv, q)));
+// What rounding adds to the error, as a share of the largest value. Scores of 8-bit keys are exact: the query that they
+// are compared with is rounded alike, but for codes that are halfway between two.
+double rounding_share(const Attending& a, const Cache& c, double reach) {
+  if (c.dtype == DType::s8) return 0x1p-8 * 1.5;
   return a.compute == Compute::int8 ? 0x1p-8 * (1.25 + 1.125 * reach) : 0.0;
 }
 
 // The share of one head of a row.
 double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int64_t head, const float* out) {
   const std::int64_t kv = head / (a.heads / c.kv_heads), begin = a.begin[row], end = a.end[row];
-  const float* q = a.q.data() + (row * a.heads + head) * a.head_dim;
+  std::vector<float> q(a.q.begin() + (row * a.heads + head) * a.head_dim,
+                       a.q.begin() + (row * a.heads + head + 1) * a.head_dim);
+  if (c.dtype == DType::s8) round_to_codes(q.data(), a.head_dim);
   std::vector<double> weights;
   double top = -INFINITY, total = 0.0, reach = 0.0, largest = 0.0;
   for (std::int64_t j = begin; j < end; ++j) {
     double dot = 0.0, sum = 0.0;
     for (std::int64_t d = 0; d < a.head_dim; ++d) {
-      const double product = double{a.scale} * q[d] * c.key(j, kv, d);
+      const double product = double{a.scale} * q[static_cast<std::size_t>(d)] * c.key(j, kv, d);
       dot += product;
       sum += std::fabs(product);
     }
@@ -138,7 +126,7 @@ double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int
     }
   }
   const double entries = static_cast<double>(std::max<std::int64_t>(0, end - begin));
-  const double rounding = rounding_share(a, c, row, kv, q, reach);
+  const double rounding = rounding_share(a, c, reach);
   const double bound =
       largest * (0x1p-24 * (static_cast<double>(a.head_dim) + entries + 64) * (1 + 2 * reach) + rounding);
   double worst = 0.0;

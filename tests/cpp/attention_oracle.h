@@ -19,7 +19,6 @@ struct Cache {
   std::int64_t entries, kv_heads, head_dim;
   DType dtype;
   std::vector<float> k, v;  // [entries, kv_heads, head_dim] after rounding to dtype, those of s8 turned back
-  std::vector<float> sums;  // [entries, kv_heads] of |rotated keys| as rounded, of s8
   std::vector<Lines<std::uint8_t>> memory;
   std::vector<void*> pages;
 

@@ -13,13 +13,19 @@ namespace qtale::test {
 namespace {
 
 std::vector<TinyDecoder::Options> all_options() {
-  return {{},
-          {.seed = 2, .packed = false},
-          {.seed = 3, .kv_dtype = DType::f16},
-          {.seed = 4, .window = 5},
-          {.seed = 5, .routers = true},
-          {.seed = 6, .packed = false, .routers = true, .window = 7},
-          {.seed = 7, .routers = true, .kv_rule = KvRule::keep}};
+  std::vector<TinyDecoder::Options> options = {{},
+                                               {.seed = 2, .packed = false},
+                                               {.seed = 3, .kv_dtype = DType::f16},
+                                               {.seed = 4, .window = 5},
+                                               {.seed = 5, .routers = true},
+                                               {.seed = 6, .packed = false, .routers = true, .window = 7},
+                                               {.seed = 7, .routers = true, .kv_rule = KvRule::keep}};
+  if (has_int8_keys(16)) {
+    options.push_back({.seed = 10, .window = 5, .kv_dtype = DType::s8});
+    options.push_back({.seed = 11, .routers = true, .window = 7, .kv_dtype = DType::s8});
+    options.push_back({.seed = 12, .routers = true, .kv_rule = KvRule::keep, .kv_dtype = DType::s8});
+  }
+  return options;
 }
 
 std::int64_t used_bytes(const Decoder& decoder) {

@@ -87,19 +87,20 @@ TEST_CASE("int8 keys: pages have the same bits on every instruction set, one by 
 TEST_CASE("int8 keys: a row has the same bits alone, in any run, in any batch and on any number of threads",
           "[threads]") {
   const IsaScope reference("reference");
-  for (const std::int64_t dim : {64, 128}) {
+  const std::pair<std::int64_t, std::int64_t> shapes[] = {{16, 6}, {32, 16}, {64, 6}, {64, 16}, {128, 6}, {256, 4}};
+  for (const auto& [dim, heads] : shapes) {
     Random random(23);
     Cache first(1200, 2, dim, DType::s8), second(77, 2, dim, DType::s8);
     first.fill(random, 3.0f);
     second.fill(random);
-    Attending batch{6, dim, 0.125f, {}, {}, {}, {}, {}};
+    Attending batch{heads, dim, 0.125f, {}, {}, {}, {}, {}};
     add_causal(batch, random, first, 45, 0);
     batch.add(random, second, 1, 0, 77, 0);
     add_causal(batch, random, first, 45, 650);
     batch.add(random, second, 3, 5, 5, 0);
     for (const std::string& isa : isas()) {
       const IsaScope scope(isa);
-      INFO(isa << ", heads of " << dim);
+      INFO(isa << ", " << heads << " heads of " << dim);
       std::vector<float> expected;
       {
         const ThreadScope one(1);
@@ -131,7 +132,7 @@ TEST_CASE("int8 keys: what a row does not see cannot reach it, what it sees make
         Cache spoilt = cache;
         spoilt.pages.clear();
         for (auto& page : spoilt.memory) spoilt.pages.push_back(page.data());
-        spoilt.append(std::vector<float>(kDim, bad), std::vector<float>(kDim, 1.0f), entry);
+        spoilt.append(std::vector<float>(kDim, bad), std::vector<float>(kDim, bad), entry);
         for (AttentionRun& run : a.runs) run.pages = spoilt.pages;
         const auto after = a.run();
         CHECK(differences(before.data(), after.data(), entry * kSize) == 0);

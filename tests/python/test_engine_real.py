@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import qtale
 from pack_quantized_oracle import read_packed
+from qtale import _core
 from qtale.engine import Engine
 
 # Largest difference of a logit, as a share of the range of logits.
@@ -113,3 +114,14 @@ def test_perplexity_is_that_of_the_torch_path(engine: Engine, oracle: Any, text:
         losses.append(-log_probs[range(511), window[1:]].mean().item())
     expected = float(np.exp(np.mean(losses)))
     assert abs(engine.perplexity(tokens, window=512) / expected - 1) < 1e-3
+
+
+def test_keys_of_8_bits_cost_no_perplexity(demo_model: Path, text: str) -> None:
+    if not _core.has_int8_keys(64):
+        pytest.skip("keys of 8 bits need AVX-512 BF16")
+    found = {}
+    for kv_dtype in ("float32", "int8-keys"):
+        with qtale.load(demo_model, bits=8, compute="float", kv_dtype=kv_dtype, progress=False) as loaded:
+            found[kv_dtype] = loaded.perplexity(text[:20000], window=1024)
+    assert found["int8-keys"] == pytest.approx(found["float32"], rel=2e-3)
+    assert found["int8-keys"] != found["float32"]

@@ -50,7 +50,7 @@ inline float activation_amax(const typename E::T* p, std::int64_t count) {
   return amax;
 }
 
-// One group of at most 128 inputs, zero-padded to `padded`, and the sums of its codes per `block` inputs; returns its
+// One group of inputs, zero-padded to `padded`, and the sums of its codes per `block` inputs; returns its
 // scale. NaN or inf make the scale NaN and the codes zero. No code leaves [-127, 127]: 127 / amax rounds by 2^-23.
 template <class E>
 inline float quantize_activation_group(const typename E::T* p, std::int64_t count, std::int64_t padded,

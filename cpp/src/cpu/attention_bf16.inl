@@ -3,6 +3,8 @@
 // queries of 8 bits.
 #pragma once
 
+#include <array>
+
 #include "cpu/attention_bf16_workspace.inl"
 
 namespace qtale::cpu::attending {

@@ -7,9 +7,9 @@
 namespace qtale::cpu::attending {
 namespace {
 
-constexpr std::int64_t kLine = 2 * kWidth;         // bf16 numbers of a vector of pairs
-constexpr std::int64_t kRoundedStride = 256 + 32;  // numbers from query to query: no two of a tile share a set
-constexpr std::int64_t kKeyStep = kVecs * kLine;   // numbers of a pair of dimensions in a chunk's keys
+constexpr std::int64_t kLine = 2 * kWidth;                 // bf16 numbers of a vector of pairs
+constexpr std::int64_t kRoundedStride = kMaxHeadDim + 32;  // numbers from query to query: no two of a tile share a set
+constexpr std::int64_t kKeyStep = kVecs * kLine;           // numbers of a pair of dimensions in a chunk's keys
 
 QTALE_INLINE Pairs load_pairs(const std::uint16_t* p) { return reinterpret_cast<Pairs>(_mm512_loadu_si512(p)); }
 QTALE_INLINE Pairs broadcast_pair(const std::uint16_t* p) {

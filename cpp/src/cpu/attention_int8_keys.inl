@@ -8,8 +8,8 @@
 namespace qtale::cpu::attending {
 namespace {
 
-constexpr std::int64_t kCodeStride = 256 + 64;    // from query to query: no two of a tile share a set
-constexpr std::int64_t kFours = 4 * kPageTokens;  // bytes of four dimensions of a page's keys
+constexpr std::int64_t kCodeStride = kMaxHeadDim + 64;  // from query to query: no two of a tile share a set
+constexpr std::int64_t kFours = 4 * kPageTokens;        // bytes of four dimensions of a page's keys
 
 // Queries of a block: what is added up for one is worth `factors` times the key's scale, in base 2.
 struct CodedQueries {

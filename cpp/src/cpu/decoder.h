@@ -9,6 +9,8 @@
 
 namespace qtale::cpu {
 
+inline constexpr std::int64_t kMaxHeadDim = 256;
+
 // Float32 heads [rows, heads, n] whose last dimension is contiguous.
 struct HeadsIn {
   const float* data;
@@ -113,10 +115,11 @@ struct AttentionKernel {
   void (*finish)(const AttentionArgs&, const AttentionBlock&, const std::byte* state);
 };
 
-// What only CPUs with BF16 have.
+// What may round more than float32 does.
 struct RoundedKernels {
   AttentionKernel attention;  // of Compute::int8 and bfloat16, and of caches with keys of 8 bits
-  void (*append_int8_keys)(const AppendArgs&, std::int64_t begin, std::int64_t end);  // kv_append of those
+  // kv_append of those; nullptr where there are none.
+  void (*append_int8_keys)(const AppendArgs&, std::int64_t begin, std::int64_t end);
 };
 
 // Kernels get checked arguments; [begin, end) are rows, and pairs of page and KV head of kv_append.
@@ -128,7 +131,7 @@ struct DecoderKernels {
   ExpSum (*exp_sum)(const float* x, std::int64_t n);
   void (*kv_append)(const AppendArgs&, std::int64_t begin, std::int64_t end);
   AttentionKernel attention;
-  RoundedKernels rounded;  // elsewhere the same attention and nullptr
+  RoundedKernels rounded;
 };
 
 // Scalar: the specification of the others.

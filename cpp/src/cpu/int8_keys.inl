@@ -9,8 +9,6 @@
 namespace qtale::cpu {
 namespace {
 
-constexpr std::int64_t kMaxHeadDim = 256;
-
 // Lanes a with their partner b, whose number differs in the bit `Step`: a + b in the lower one, a - b in the upper one.
 template <int Step>
 QTALE_INLINE VecF add_partners(VecF x) {

@@ -106,7 +106,11 @@ void check_spec(const DecoderSpec& spec) {
   check_size("context", spec.context);
   if (spec.num_heads % spec.num_kv_heads != 0)
     fail_input("Decoder: {} heads do not share {} key-value heads evenly.", spec.num_heads, spec.num_kv_heads);
-  kv_page_bytes(spec.num_kv_heads, spec.head_dim, spec.kv_dtype);  // refuses caches that there are not
+  if (spec.kv_dtype != DType::f32 && spec.kv_dtype != DType::f16 && spec.kv_dtype != DType::s8)
+    fail_input("Decoder: kv_dtype is {}; use float32, float16 or int8.", name_of(spec.kv_dtype));
+  if (spec.kv_dtype == DType::s8 && !has_int8_keys(spec.head_dim))
+    fail_input("Decoder: the kernels in use have no keys of 8 bits with a head_dim of {}; use kv_dtype float16.",
+               spec.head_dim);
   if (!(spec.norm_eps >= 0.0F) || !std::isfinite(spec.attention_scale))
     fail_input("Decoder: norm_eps is {} and attention_scale {}; both must be finite numbers.", spec.norm_eps,
                spec.attention_scale);

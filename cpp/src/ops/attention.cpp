@@ -10,7 +10,7 @@
 namespace qtale {
 namespace {
 
-constexpr std::int64_t kMaxHeadDim = 256;
+using cpu::kMaxHeadDim;
 constexpr std::int64_t kMinRotated = 16;  // dimensions that fill a register
 
 void check_cache(std::string_view op, std::int64_t kv_heads, std::int64_t head_dim, DType dtype) {

@@ -123,7 +123,9 @@ class LoadedModel:
         if self.layout.blocks["embedding"].sources[0].dtype == "float32":
             return "float32"
         rounds = self.options.compute == "int8" and max(self.layout.bits) <= max(NUM_BITS)
-        return INT8_KEYS if rounds and _core.has_int8_keys(self.spec.head_dim) else "float16"
+        # The reference kernels have such keys, too, but stand for what other CPUs compute.
+        fast = _core.has_bfloat16() and _core.has_int8_keys(self.spec.head_dim)
+        return INT8_KEYS if rounds and fast else "float16"
 
     def move(self, region: str, layout: Layout, arena: Arena, offset: int) -> None:
         """Let a region be what it is in another layout, at ``offset`` of ``arena``; its old memory is given back.

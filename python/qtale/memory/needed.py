@@ -76,7 +76,11 @@ def needed(shape: ModelShape, spec_of: SpecOf, *, context: int, batch: int, back
 
 
 def kv_bytes(shape: ModelShape, context: int, batch: int, backend: str = TORCH) -> int:
-    """Keys and values of ``batch`` sequences of ``context`` tokens in every layer, as wide as the model's numbers."""
+    """Keys and values of ``batch`` sequences of ``context`` tokens in every layer, as wide as the model's numbers.
+
+    That is the most: where the engine takes keys of 8 bits, which depends on the CPU and on every layer's bits, it is
+    a quarter less.
+    """
     if context < 0 or batch < 1:
         raise InputError(f"memory: context {context} and batch {batch}; context is 0 or more, batch 1 or more.")
     return runtime(backend).kv_cache(shape, context, batch)
