@@ -184,4 +184,26 @@ std::int64_t different_alone(const Attending& batch, const std::vector<float>& e
   return different;
 }
 
+Attending ragged_batch(Random& random, const Cache& first, const Cache& second, std::int64_t heads) {
+  constexpr std::int64_t kRows = 45;
+  Attending batch{heads, first.head_dim, 0.125f, {}, {}, {}, {}, {}};
+  add_causal(batch, random, first, kRows, 0);
+  batch.add(random, second, 1, 0, second.entries, 0);
+  add_causal(batch, random, first, kRows, 650);
+  batch.add(random, second, 3, 5, 5, 0);
+  return batch;
+}
+
+std::int64_t different_together(const Attending& batch) {
+  std::vector<float> expected;
+  {
+    const ThreadScope one(1);
+    expected = batch.run();
+  }
+  const ThreadScope threads(3);
+  const std::vector<float> again = batch.run();
+  return differences(expected.data(), again.data(), static_cast<std::int64_t>(expected.size())) +
+         different_alone(batch, expected);
+}
+
 }  // namespace qtale::test

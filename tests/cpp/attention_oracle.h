@@ -64,6 +64,10 @@ std::string name_of(Compute compute);
 
 // Numbers that have other bits.
 std::int64_t differences(const float* a, const float* b, std::int64_t count);
+// Runs of two caches, with and without a window, of one row and of rows that see nothing.
+Attending ragged_batch(Random& random, const Cache& first, const Cache& second, std::int64_t heads);
+// Numbers of a batch whose bits differ with three threads from those with one, and rows whose bits differ alone.
+std::int64_t different_together(const Attending& batch);
 // Rows of a batch whose bits differ when they attend alone.
 std::int64_t different_alone(const Attending& batch, const std::vector<float>& expected);
 

@@ -3,8 +3,6 @@
 // queries of 8 bits.
 #pragma once
 
-#include <array>
-
 #include "cpu/attention_bf16_workspace.inl"
 
 namespace qtale::cpu::attending {
@@ -57,8 +55,7 @@ class RoundedSpan : BlockSpan<E> {
     }
     if (vectors_seen(0, count_) == 0) return;
     if constexpr (Int8Keys) {
-      kDirectInt8Scores.by_rows[count_ - 1](w_.coded, parts(keys).data(), parts(next).data(), a_.head_dim, state_.tops,
-                                            w_.scores);
+      kDirectInt8Scores.by_rows[count_ - 1](w_.coded, keys, next, a_.head_dim, state_.tops, w_.scores);
     } else {
       kDirectScores<E>.by_rows[count_ - 1](w_.queries, keys, next, a_.head_dim, w_.scores);
     }
@@ -102,8 +99,7 @@ class RoundedSpan : BlockSpan<E> {
     const float* tops = state_.tops + begin;
     const std::int64_t tile = end - begin - 1;
     if constexpr (Int8Keys) {
-      return kInt8Scores<Vecs>.by_rows[tile](w_.coded.from(begin), parts(pages).data(), nullptr, a_.head_dim, tops,
-                                             w_.scores);
+      return kInt8Scores<Vecs>.by_rows[tile](w_.coded.from(begin), pages, nullptr, a_.head_dim, tops, w_.scores);
     } else {
       return kRoundedScores<Vecs>.by_rows[tile](w_.queries + begin * kRoundedStride, w_.keys, a_.head_dim, tops,
                                                 w_.scores);
@@ -119,12 +115,6 @@ class RoundedSpan : BlockSpan<E> {
                });
     }
     weigh_all(others);
-  }
-
-  static std::array<const std::byte*, kVecs> parts(const typename E::T* const (&pages)[kVecs]) {
-    std::array<const std::byte*, kVecs> bytes;
-    for (std::size_t p = 0; p < kVecs; ++p) bytes[p] = reinterpret_cast<const std::byte*>(pages[p]);
-    return bytes;
   }
 
   std::int64_t tiles() const { return (count_ + kRoundedRows - 1) / kRoundedRows; }

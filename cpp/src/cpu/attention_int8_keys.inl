@@ -31,11 +31,14 @@ QTALE_INLINE VecI broadcast_four(const std::int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+// A page belongs to values of float16 as much as to keys.
+QTALE_INLINE const std::byte* bytes_of(const F16::T* page) { return reinterpret_cast<const std::byte*>(page); }
+
 // scores [Rows][kChunk] = queries times the keys of Vecs pages. Otherwise like tile_rounded_scores; with Ahead, asks
 // for the pages `next`, too.
 template <int Rows, int Vecs, bool Ahead>
-__attribute__((noipa)) unsigned tile_int8_scores(const CodedQueries& queries, const std::byte* const* pages,
-                                                 const std::byte* const* next, std::int64_t depth, const float* tops,
+__attribute__((noipa)) unsigned tile_int8_scores(const CodedQueries& queries, const F16::T* const* pages,
+                                                 const F16::T* const* next, std::int64_t depth, const float* tops,
                                                  float* scores) {
   VecI acc[Rows][Vecs];
   unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
@@ -43,8 +46,8 @@ __attribute__((noipa)) unsigned tile_int8_scores(const CodedQueries& queries, co
   });
   const std::int8_t* codes = queries.codes;
   const std::byte *from[Vecs], *later[Vecs];
-  unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { from[p] = pages[p]; });
-  if constexpr (Ahead) unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { later[p] = next[p]; });
+  unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { from[p] = bytes_of(pages[p]); });
+  if constexpr (Ahead) unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { later[p] = bytes_of(next[p]); });
 #pragma GCC unroll 1
   for (std::int64_t at = 0; at < kPageTokens * depth; at += kFours, codes += 4) {
     VecI keys[Vecs];
@@ -72,7 +75,7 @@ __attribute__((noipa)) unsigned tile_int8_scores(const CodedQueries& queries, co
   return raised;
 }
 
-using Int8ScoresTile = unsigned (*)(const CodedQueries&, const std::byte* const*, const std::byte* const*, std::int64_t,
+using Int8ScoresTile = unsigned (*)(const CodedQueries&, const F16::T* const*, const F16::T* const*, std::int64_t,
                                     const float*, float*);
 
 template <int Vecs, bool Ahead, int... Rows>
