@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kSpins = 4000;         // some tens of microseconds: the gap between two layers of one model
-constexpr std::int64_t kChunks = 4;  // ranges per thread, so that a thread the host delays does not hold up the rest
+constexpr std::int64_t kShare = 2;  // a range is this part of what each thread has left to do
 thread_local bool inside_range = false;
 thread_local int thread_limit = 0;  // 0: none of its own
 
@@ -55,23 +55,33 @@ struct Job {
   detail::RangeFn fn;
   void* context;
   std::int64_t size;
-  std::int64_t chunk;
+  std::int64_t grain;
+  std::int64_t threads;
   std::atomic<std::int64_t> next{0};
   std::mutex error_mutex;
   std::exception_ptr error;
 
+  // Ranges get shorter and shorter: long ones run well, and with short ones at the end all threads end together, also
+  // where the host has delayed some.
+  std::int64_t end_of_range(std::int64_t begin) const {
+    const std::int64_t length = std::max(grain, (size - begin) / (threads * kShare));
+    return size - begin < length + grain ? size : begin + length;
+  }
+
   void work() {
     inside_range = true;
-    for (;;) {
-      const std::int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+    for (std::int64_t begin = next.load(std::memory_order_relaxed);;) {
       if (begin >= size) break;
+      const std::int64_t end = end_of_range(begin);
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
       try {
-        fn(context, begin, std::min(begin + chunk, size));
+        fn(context, begin, end);
       } catch (...) {
         const std::lock_guard lock(error_mutex);
         if (!error) error = std::current_exception();
         next.store(size, std::memory_order_relaxed);
       }
+      begin = next.load(std::memory_order_relaxed);
     }
     inside_range = false;
   }
@@ -213,8 +223,7 @@ void detail::parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, 
   if (size <= grain || inside_range || threads == 1) return fn(context, 0, size);
   const std::unique_lock lock(pool_mutex(), std::try_to_lock);
   if (!lock) return fn(context, 0, size);
-  const std::int64_t share = (size + threads * kChunks - 1) / (threads * kChunks);
-  Job job{fn, context, size, std::max(grain, share), {}, {}, {}};
+  Job job{fn, context, size, grain, threads, {}, {}, {}};
   pool().run(job, threads);
   if (job.error) std::rethrow_exception(job.error);
 }
