@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "catch.h"
+#include "engine/workspace.h"
 #include "matmul_oracle.h"
 
 namespace qtale::test {
@@ -149,6 +150,51 @@ TEST_CASE("qmatmul: rounded activations keep 43 dB and exact ones 120 dB") {
     std::vector<double> actual;
     for (std::int64_t i = 0; i < y.size(); ++i) actual.push_back(y.get(i));
     CHECK(snr(exact, actual) > (compute == Compute::int8 ? 43.5 : 120.0));
+  }
+}
+
+TEST_CASE("qmatmul: several weights with one input have the bits of single calls") {
+  Random random(53);
+  constexpr std::int64_t kK = 576, kWide = 400;
+  // Alike and not: some share their activations, others do not.
+  const Shape shapes[] = {{200, kK, 9, 4, true, DType::f16}, {64, kK, 9, 4, true, DType::f16},
+                          {1, kK, 9, 4, true, DType::f32},   {70, kK, 1, 8, true, DType::f16},
+                          {65, kK, 18, 3, false, DType::f16}};
+  std::vector<Weight> weights;
+  for (const Shape& shape : shapes)
+    weights.push_back(quantized(normal_floats(random, DType::f32, shape.n * kK, 0.05f), shape));
+  std::vector<float> bias(200, 0.5f);
+  const TensorView bias_view = TensorView::vector(bias.data(), DType::f32, 200);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    for (const std::int64_t rows : {1, 7, 130})
+      for (const int threads : {1, 3})
+        for (const Compute compute : {Compute::int8, Compute::floating}) {
+          INFO(isa << ", " << rows << " rows, " << threads << " threads");
+          const ThreadScope limit(threads);
+          const Activations x = normal_activations(random, DType::f32, rows, kK);
+          Floats y(DType::f32, rows * kWide);
+          std::vector<std::vector<std::uint8_t>> buffers;
+          std::vector<QmatmulWeight> parts;
+          std::int64_t column = 0;
+          for (const Weight& weight : weights) {
+            buffers.push_back(prepacked(weight));
+            parts.push_back({view(buffers.back()), column == 0 ? &bias_view : nullptr,
+                             engine::columns(y.matrix(rows, kWide), column, weight.shape.n)});
+            column += weight.shape.n;
+          }
+          REQUIRE(column == kWide);
+          qmatmul(x.view(rows), parts, compute);
+          std::int64_t wrong = 0;
+          for (std::size_t i = 0; i < parts.size(); ++i) {
+            const std::int64_t n = parts[i].y.shape[1];
+            Floats alone(DType::f32, rows * n);
+            qmatmul(x.view(rows), parts[i].prepacked, parts[i].bias, alone.matrix(rows, n), compute);
+            for (std::int64_t j = 0; j < rows * n; ++j)
+              wrong += alone.get(j) != parts[i].y.as<float>()[j / n * parts[i].y.strides[0] + j % n];
+          }
+          CHECK(wrong == 0);
+        }
   }
 }
 

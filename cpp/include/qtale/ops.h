@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "qtale/tensor.h"
 
@@ -64,6 +65,15 @@ void unprepack(const TensorView& buffer, const TensorView& codes, const TensorVi
 // apart; bias [out] f32.
 void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView* bias, const TensorView& y,
              Compute compute);
+
+// The same for several weights that read one x, as queries, keys and values do: its activations are prepared once, and
+// threads meet once. The results have the bits of single calls.
+struct QmatmulWeight {
+  TensorView prepacked;
+  const TensorView* bias;
+  TensorView y;
+};
+void qmatmul(const TensorView& x, std::span<const QmatmulWeight> weights, Compute compute);
 
 // The k largest of x[r] . matrix[e] over the entries e of a vocabulary, without storing the products.
 //   x [rows, depth] f32; matrix [entries, depth] f32|f16|bf16, its rows may be apart; values [rows, k] f32, descending;

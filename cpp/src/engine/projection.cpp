@@ -1,6 +1,7 @@
 #include "engine/projection.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "engine/workspace.h"
 #include "qtale/decoder_ops.h"
@@ -9,6 +10,7 @@ namespace qtale::engine {
 namespace {
 
 bool is_packed(const Matrix& matrix) { return matrix.weight.dtype == DType::u8; }
+const TensorView* bias_of(const Matrix& matrix) { return matrix.bias ? &*matrix.bias : nullptr; }
 
 }  // namespace
 
@@ -31,18 +33,26 @@ std::int64_t out_features(const Projection& projection) {
 }
 
 void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Compute compute) {
-  const TensorView* bias = matrix.bias ? &*matrix.bias : nullptr;
+  const TensorView* bias = bias_of(matrix);
   is_packed(matrix) ? qmatmul(x, matrix.weight, bias, y, compute) : matmul(x, matrix.weight, bias, y, compute);
 }
 
 void multiply(const TensorView& x, const Projection& projection, const TensorView& y, Compute compute,
               std::int64_t first) {
   std::int64_t column = 0;
+  std::vector<QmatmulWeight> packed;
   for (const Matrix& matrix : projection) {
     const std::int64_t count = out_features(matrix);
-    if (column + count > first) multiply(x, matrix, columns(y, column, count), compute);
+    const TensorView part = columns(y, column, count);
     column += count;
+    if (column <= first) continue;
+    if (is_packed(matrix)) {
+      packed.push_back({matrix.weight, bias_of(matrix), part});
+    } else {
+      matmul(x, matrix.weight, bias_of(matrix), part, compute);
+    }
   }
+  if (!packed.empty()) qmatmul(x, packed, compute);
 }
 
 }  // namespace qtale::engine
