@@ -179,6 +179,7 @@ void register_decoder(py::module_& module) {
       .def("forward", &forward)
       .def("score", &score)
       .def("report", [](const Decoder& d) { return py::make_tuple(d.report().tokens, d.report().executed); })
+      .def("router_bytes", &Decoder::router_bytes)
       .def("kv_bytes", py::overload_cast<>(&Decoder::kv_bytes, py::const_))
       .def("sequence_kv_bytes", py::overload_cast<std::int64_t, std::int64_t>(&Decoder::kv_bytes, py::const_))
       .def("set_theta", &Decoder::set_theta)

@@ -126,6 +126,9 @@ class Decoder {
   void set_num_threads(int count);  // 0: as many as the process uses
 
   const CallReport& report() const;
+  // Bytes that the routers of all layers hold: with Compute::int8 their matrices are kept as bfloat16 numbers where the
+  // CPU multiplies such.
+  std::int64_t router_bytes() const;
   // Bytes of pages in use, by layer.
   std::vector<std::int64_t> kv_bytes() const;
   std::int64_t kv_bytes(std::int64_t sequence, std::int64_t layer) const;

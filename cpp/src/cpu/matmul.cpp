@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::int64_t kRowBlock = 512;     // rows of one pass over the matrix
 constexpr std::int64_t kPackGrain = 65536;  // elements of x worth a second thread
-constexpr std::int64_t kRunGrain = 262144;  // multiply-adds worth a second thread
+constexpr std::int64_t kRunGrain = 65536;   // multiply-adds worth a second thread: few rows wait for memory
 
 const ProjectKernel& kernel_for(Compute compute, std::int64_t in_features) {
   const KernelTable& table = kernels();

@@ -24,12 +24,14 @@ using engine::Sequence;
 
 constexpr std::int64_t kScoredRows = 64;  // logits kept at a time
 
+using Rounded = std::vector<std::vector<std::uint16_t>>;  // matrices of routers
+
 }  // namespace
 
 class Decoder::Impl {
  public:
   explicit Impl(DecoderSpec given)
-      : spec(checked(std::move(given))),
+      : spec(checked(std::move(given), rounded)),
         sequences(kv_page_bytes(spec.num_kv_heads, spec.head_dim, spec.kv_dtype), spec.layers.size()) {}
 
   // Runs all layers; returns the wanted rows after the last norm.
@@ -39,6 +41,7 @@ class Decoder::Impl {
   void score_rows(const TensorView& x, std::span<const std::int64_t> row_of, std::span<const std::int32_t> targets,
                   std::span<Score> out);
 
+  Rounded rounded;  // what `spec` points into beside what was given
   const DecoderSpec spec;
   engine::Sequences sequences;
   float theta = 0.5F;
@@ -48,8 +51,10 @@ class Decoder::Impl {
   CallReport report;
 
  private:
-  static DecoderSpec checked(DecoderSpec spec) {
+  static DecoderSpec checked(DecoderSpec spec, Rounded& rounded) {
     engine::check_spec(spec);
+    for (DecoderLayer& layer : spec.layers)
+      if (layer.router) rounded.push_back(engine::round_matrix(*layer.router, engine::rounding_of(spec, layer)));
     return spec;
   }
 
@@ -268,6 +273,12 @@ void Decoder::set_num_threads(int count) {
 }
 
 const CallReport& Decoder::report() const { return impl_->report; }
+
+std::int64_t Decoder::router_bytes() const {
+  std::int64_t bytes = 0;
+  for (const DecoderLayer& layer : impl_->spec.layers) bytes += layer.router ? engine::bytes_of(*layer.router) : 0;
+  return bytes;
+}
 
 std::vector<std::int64_t> Decoder::kv_bytes() const {
   std::vector<std::int64_t> bytes;

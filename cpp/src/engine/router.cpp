@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/half.h"
 #include "qtale/decoder_ops.h"
 #include "qtale/device.h"
 
@@ -20,6 +21,25 @@ Compute compute_of(Compute rounding, std::int64_t hidden_size) {
 }
 
 }  // namespace
+
+std::vector<std::uint16_t> round_matrix(Router& router, Compute rounding) {
+  if (compute_of(rounding, router.w1.shape[1]) != Compute::bfloat16) return {};
+  const std::int64_t rows = router.w1.shape[0], hidden = router.w1.shape[1];
+  std::vector<std::uint16_t> values(static_cast<std::size_t>(rows * hidden));
+  for (std::int64_t r = 0; r < rows; ++r)
+    std::transform(router.w1.as<float>() + r * router.w1.strides[0],
+                   router.w1.as<float>() + r * router.w1.strides[0] + hidden, values.begin() + r * hidden,
+                   float_to_bf16);
+  router.w1 = TensorView::matrix(values.data(), DType::bf16, rows, hidden);
+  return values;
+}
+
+std::int64_t bytes_of(const Router& router) {
+  const auto size = [](const std::optional<TensorView>& part) {
+    return part ? part->numel() * size_of(part->dtype) : 0;
+  };
+  return size(router.w1) + size(router.bias1) + size(router.norm) + size(router.w2) + size(router.bias2);
+}
 
 std::vector<float> execution_probabilities(const Router& router, const TensorView& x, Compute rounding,
                                            Workspace& workspace) {

@@ -28,7 +28,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Work:
-    """What a token needs: bytes read and weights multiplied with, by layer and by the head; routers are float32.
+    """What a token needs: bytes read and weights multiplied with, by layer and by the head.
 
     Norms, the embedding's row, and keys and values are not counted.
     """
@@ -71,13 +71,12 @@ class Subject:
             [block for part in self._layers[at : at + len(_PARTS)] for block in part]
             for at in range(0, len(self._layers), len(_PARTS))
         ]
-        routers = self.model.routing.routers.values()
         return Work(
             tuple(sum(block.nbytes for block in blocks) for blocks in per_layer),
             tuple(sum(block.rows * block.cols for block in blocks) for blocks in per_layer),
             sum(block.nbytes for block in self._head),
             sum(block.rows * block.cols for block in self._head),
-            sum(array.nbytes for router in routers for array in router.tensors().values()),
+            self.passes.decoder.router_bytes(),
         )
 
     @property
