@@ -10,11 +10,16 @@ import torch
 
 import qtale
 from eval_samples import tiny_llama
+from qtale import _core
+from qtale.checkpoint.folder import open_folder
 from qtale.engine import Engine
+from qtale.engine.layout import WeightOptions
+from qtale.engine.model import LoadedModel, LoadOptions
 from qtale.errors import CheckpointError, InputError
 from qtale.integrations.routing import router_weights, set_depth
 from qtale.nn import RoutedLayer, Router
 from qtale.routing import Routing, write_routing
+from qtale.spec import QuantSpec
 
 LAYERS, HIDDEN, VOCAB = 4, 64, 257
 ROUTED = (1, 2, 3)
@@ -160,6 +165,17 @@ def test_int8_routes_alike_however_tokens_come_and_nearly_as_float_does(
         for tokens, counts in zip(prompts(), executed, strict=True):
             engine.logits(tokens)
             assert np.abs(np.subtract(engine.report.executed, counts)).max() <= max(1, len(tokens) // 20)
+
+
+@pytest.mark.parametrize("compute", ["int8", "float"])
+def test_int8_keeps_the_matrices_of_routers_in_half_the_bytes(dense: Path, tmp_path: Path, compute: str) -> None:
+    folder = open_folder(routed(dense, tmp_path / "model"))
+    loaded = LoadedModel(folder, WeightOptions(QuantSpec(8, "channel")), LoadOptions(compute=compute), progress=False)
+    routers = loaded.routing.routers.values()
+    rounded = 2 if compute == "int8" and _core.has_bfloat16() else 0
+    expected = sum(array.nbytes for router in routers for array in router.tensors().values())
+    expected -= rounded * sum(router.w1.size for router in routers)
+    assert loaded.make_decoder().router_bytes() == expected
 
 
 def test_scores_with_shared_contexts_are_those_of_the_dense_form(dense: Path, tmp_path: Path) -> None:

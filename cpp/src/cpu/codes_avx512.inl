@@ -83,12 +83,14 @@ QTALE_INLINE __m512i load_zeros(const std::uint8_t* p, int v) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * v)));
 }
 
-// Asks for one field's part of the lines of a step: all at once would be more than the line buffers take.
+// Asks for one field's part of the lines of a step: all at once would be more than the line buffers take. Where memory
+// answers slowly these lines go to L2, and those that this tile reads soon from there to L1.
 template <class C, int Field>
-QTALE_INLINE void prefetch_part_of_step(const std::uint8_t*& ahead, std::int64_t pace) {
+QTALE_INLINE void prefetch_part_of_step(const std::uint8_t* w, const std::uint8_t*& ahead, std::int64_t pace) {
   constexpr int kLines = C::kBytes / 64, kFirst = kLines * Field / C::kFields;
-  unroll<kLines*(Field + 1) / C::kFields - kFirst>([&](auto) QTALE_INLINE_LAMBDA {
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+  unroll<kLines*(Field + 1) / C::kFields - kFirst>([&](auto line) QTALE_INLINE_LAMBDA {
+    _mm_prefetch(reinterpret_cast<const char*>(ahead), kNear > 0 ? _MM_HINT_T1 : _MM_HINT_T0);
+    if constexpr (kNear > 0) _mm_prefetch(reinterpret_cast<const char*>(w + 64 * (kFirst + line) + kNear), _MM_HINT_T0);
     ahead += pace;
   });
 }

@@ -35,7 +35,7 @@ QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w,
                                 const std::uint8_t*& ahead, std::int64_t pace) {
   using C = Codes<Bits>;
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
-    prefetch_part_of_step<C, field>(ahead, pace);
+    prefetch_part_of_step<C, field>(w, ahead, pace);
     __m512i code[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { code[p] = C::template get<field>(w, p); });
     unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {

@@ -24,7 +24,12 @@ struct Prefetch {
   std::int64_t pace;
   const std::uint8_t* at(const std::uint8_t* weights) const { return to + (((weights - from) * pace) >> 6); }
 };
-constexpr std::int64_t kAhead = 8192;
+// Bytes ahead of the weights in use. QTALE_FAR_MEMORY: for CPUs with more latency than their L1 has line buffers for.
+#ifdef QTALE_FAR_MEMORY
+constexpr std::int64_t kAhead = 3072, kNear = 512;
+#else
+constexpr std::int64_t kAhead = 8192, kNear = 0;
+#endif
 inline Prefetch prefetch_ahead(const std::uint8_t* weights) { return {weights, weights + kAhead, 64}; }
 
 // One of several tiles over `size` bytes of weights asks for its share of the `next` bytes behind them. If the first
