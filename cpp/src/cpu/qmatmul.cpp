@@ -43,10 +43,13 @@ void qmatmul(const std::uint8_t* buffer, std::int64_t bytes, std::int64_t rows, 
   const std::int64_t work_per_task = std::max<std::int64_t>(1, l.panel_rows * l.k * std::min(rows, block));
   // Tasks run through the panels of one block of rows before the next block.
   parallel_for(row_blocks * l.panels, ceil_div(kRunGrain, work_per_task), [&](std::int64_t begin, std::int64_t end) {
+    thread_local Scratch own;
+    MatmulArgs mine = args;
+    if (kernel.scratch_bytes != nullptr) mine.scratch = own.reserve(kernel.scratch_bytes(l, std::min(rows, block)));
     while (begin < end) {
       const std::int64_t row_block = begin / l.panels, panel = begin % l.panels;
       const std::int64_t stop = std::min(l.panels, panel + (end - begin));
-      kernel.run(args, panel, stop, row_block * block, std::min(rows, (row_block + 1) * block));
+      kernel.run(mine, panel, stop, row_block * block, std::min(rows, (row_block + 1) * block));
       begin += stop - panel;
     }
   });
