@@ -1,5 +1,5 @@
 // int8 qmatmul on AMX over 64-row panels: codes are unpacked once for all rows and multiplied in units of 32 rows and
-// 32 columns, four tiles of sums; while the tiles of one unit are multiplied, AVX-512 scales the sums of the one
+// 32 columns, four tiles of sums; while the first tiles of a unit are multiplied, AVX-512 scales the sums of the one
 // before.
 #pragma once
 
@@ -35,24 +35,23 @@ QTALE_INLINE void multiply_step(const std::int8_t* act, std::int64_t act_stride,
   }
 }
 
+// Sums of the unit before make room in time: they are scaled while the first products are on their way.
 template <bool SignedCodes, int RowTiles>
 void multiply_unit(const Unit& u, Sums& before) {
   const std::int64_t steps = ceil_div(u.size, u.step_k);
-  const std::int64_t pace = ceil_div(before.rows, u.blocks * steps);
   for (std::int64_t b = 0; b < u.blocks; ++b) {
     unroll<2 * RowTiles>([](auto tile) QTALE_INLINE_LAMBDA { zero_tile<tile>(); });
     for (std::int64_t step = 0; step < steps; ++step) {
       const std::int64_t k = b * u.size + step * u.step_k;
       const std::int8_t* act = u.act + k / kTileK * kTileBytes + k % kTileK;
       multiply_step<SignedCodes, RowTiles>(act, u.act_stride, u.codes + k * kRows);
-      before.scale_rows(pace);
+      if (b == 0 && step == 0) before.finish();
     }
     unroll<2 * RowTiles>([&](auto tile) QTALE_INLINE_LAMBDA {
       std::int32_t* sums = u.sums + b * kUnitSums + tile / 2 * kTileRows * kUnitCols + tile % 2 * 16;
       store_tile_sums<tile>(sums, kUnitCols * 4);
     });
   }
-  before.scale_rows(before.rows);
 }
 
 // One call of run: its scratch, and what of a panel is on its way.
@@ -72,8 +71,7 @@ class AmxRun {
     part_.codes = unpacked_ = reinterpret_cast<std::uint8_t*>(at);
     part_.scales = reinterpret_cast<float*>(at += sizes.codes);
     part_.zeros = reinterpret_cast<std::int32_t*>(at += sizes.params);
-    sums_[0] = reinterpret_cast<std::int32_t*>(at += sizes.params);
-    sums_[1] = reinterpret_cast<std::int32_t*>(at += sizes.sums);
+    sums_ = reinterpret_cast<std::int32_t*>(at += sizes.params);
     out_ = reinterpret_cast<float*>(at += sizes.sums);
   }
   AmxRun(const AmxRun&) = delete;
@@ -81,7 +79,7 @@ class AmxRun {
 
   static std::size_t scratch_bytes(const Layout& l, std::int64_t rows) {
     const ScratchSizes sizes(l);
-    return static_cast<std::size_t>(sizes.codes + 2 * sizes.params + 2 * sizes.sums + rows * kRows * 4);
+    return static_cast<std::size_t>(sizes.codes + 2 * sizes.params + sizes.sums + rows * kRows * 4);
   }
 
   void panels(Span panels) {
@@ -119,7 +117,7 @@ class AmxRun {
       take_part(a_.panels + panel * l_.panel_bytes, blocks);
       for (std::int64_t m = rows_.begin; m < rows_.end; m += kStripRows)
         run_strip(panel, Span{m, min64(rows_.end, m + kStripRows)}, span);
-      before_.scale_rows(before_.rows);
+      before_.finish();
     }
     store_rows(panel, rows_.end);
   }
@@ -137,8 +135,8 @@ class AmxRun {
     const std::int64_t units = 2 * (groups.end - groups.begin) * ceil_div(rows.end - rows.begin, kUnitRows);
     const std::int64_t pace = ceil_div(kStripRows, units);
     for (std::int64_t g = groups.begin; g < groups.end; ++g)
-      for (std::int64_t col = 0; col < kRows; col += kUnitCols)
-        for (std::int64_t m = rows.begin; m < rows.end; m += kUnitRows) {
+      for (std::int64_t m = rows.begin; m < rows.end; m += kUnitRows)
+        for (std::int64_t col = 0; col < kRows; col += kUnitCols) {
           run_unit(groups.begin, g, m, min64(kUnitRows, rows.end - m), col);
           if (last) store_rows(panel, min64(rows.begin, stored_ + pace));
         }
@@ -146,7 +144,6 @@ class AmxRun {
 
   void run_unit(std::int64_t first_group, std::int64_t g, std::int64_t m, std::int64_t rows, std::int64_t col) {
     const std::int64_t b = g * group_blocks_, part_block = b - first_group * group_blocks_;
-    turn_ = 1 - turn_;
     for (int i = 0; i < ahead_lines_; ++i, ahead_ += 64)
       _mm_prefetch(reinterpret_cast<const char*>(ahead_), _MM_HINT_T0);
     Unit unit;
@@ -156,7 +153,7 @@ class AmxRun {
     unit.blocks = min64(group_blocks_, l_.blocks - b);
     unit.size = l_.block_size(b);
     unit.step_k = step_k();
-    unit.sums = sums_[turn_];
+    unit.sums = sums_;
     multiply(unit, rows);
     before_.sums = unit.sums;
     before_.scales = part_.scales + part_block * kRows + col;
@@ -168,7 +165,6 @@ class AmxRun {
     before_.out = out_ + (m - rows_.begin) * kRows + col;
     before_.add = g == 0 ? kNoSums : before_.out;
     before_.ld_add = g == 0 ? 0 : kRows;
-    before_.next = 0;
     before_.rows = rows;
     before_.scale = pick_scale(l_, unit.blocks);
   }
@@ -200,10 +196,9 @@ class AmxRun {
   bool stream_;
   std::uint8_t* unpacked_;
   PanelPart part_;
-  std::int32_t* sums_[2];
+  std::int32_t* sums_;
   float* out_;
   Sums before_;
-  int turn_ = 0;
   const std::uint8_t* ahead_ = nullptr;
   std::int64_t ahead_lines_ = 0;
   std::int64_t stored_ = 0;  // rows of the panel before this one are in y

@@ -25,23 +25,21 @@ struct Sums {
   float* out = nullptr;        // [rows][64]
   const float* add = nullptr;  // what is there before: out or, at the first group, zeros
   std::int64_t ld_add = 0;
-  std::int64_t next = 0, rows = 0;  // rows from `next` on are still to be scaled
-  void (*scale)(const Sums&, std::int64_t begin, std::int64_t end) = nullptr;
+  std::int64_t rows = 0;  // 0: there are none
+  void (*scale)(const Sums&) = nullptr;
 
-  QTALE_INLINE void scale_rows(std::int64_t count) {
-    if (next == rows) return;
-    const std::int64_t end = min64(rows, next + count);
-    scale(*this, next, end);
-    next = end;
+  void finish() {
+    if (rows > 0) scale(*this);
+    rows = 0;
   }
 };
 
-__attribute__((noipa)) void tile_scale_channel(const Sums& s, std::int64_t begin, std::int64_t end) {
-  const std::int32_t* sums = s.sums + begin * kUnitCols;
-  const float* act = s.act + begin * s.ld_act;
-  const float* add = s.add + begin * s.ld_add;
-  float* out = s.out + begin * kRows;
-  for (std::int64_t m = begin; m < end; ++m) {
+__attribute__((noipa)) void tile_scale_channel(const Sums& s) {
+  const std::int32_t* sums = s.sums;
+  const float* act = s.act;
+  const float* add = s.add;
+  float* out = s.out;
+  for (std::int64_t rows = s.rows; rows > 0; --rows) {
     const __m512 activation = _mm512_set1_ps(*act);
     unroll<kUnitVecs>([&](auto v) QTALE_INLINE_LAMBDA {
       const __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * v));
@@ -55,7 +53,7 @@ __attribute__((noipa)) void tile_scale_channel(const Sums& s, std::int64_t begin
 }
 
 template <int Blocks, bool Zeros>
-__attribute__((noipa)) void tile_scale_grouped(const Sums& s, std::int64_t begin, std::int64_t end) {
+__attribute__((noipa)) void tile_scale_grouped(const Sums& s) {
   __m512 scale[Blocks][kUnitVecs];
   __m512i zero[Blocks][kUnitVecs];
   unroll<Blocks>([&](auto b) QTALE_INLINE_LAMBDA {
@@ -64,12 +62,12 @@ __attribute__((noipa)) void tile_scale_grouped(const Sums& s, std::int64_t begin
       if constexpr (Zeros) zero[b][v] = _mm512_load_si512(s.zeros + b * kRows + 16 * v);
     });
   });
-  const std::int32_t* sums = s.sums + begin * kUnitCols;
-  const std::int32_t* act_sums = s.act_sums + begin * s.ld_act_sums;
-  const float* act = s.act + begin * s.ld_act;
-  const float* add = s.add + begin * s.ld_add;
-  float* out = s.out + begin * kRows;
-  for (std::int64_t m = begin; m < end; ++m) {
+  const std::int32_t* sums = s.sums;
+  const std::int32_t* act_sums = s.act_sums;
+  const float* act = s.act;
+  const float* add = s.add;
+  float* out = s.out;
+  for (std::int64_t rows = s.rows; rows > 0; --rows) {
     const __m512 activation = _mm512_set1_ps(*act);
     unroll<kUnitVecs>([&](auto v) QTALE_INLINE_LAMBDA {
       __m512 value;
