@@ -10,7 +10,6 @@ namespace {
 
 constexpr std::int64_t kPartK = 2048;    // inputs of a panel that are unpacked at once
 constexpr std::int64_t kStripRows = 64;  // rows that share a group of codes while it is in L1
-constexpr std::int64_t kAmxRows = 20;    // from so many rows on tiles are faster than registers
 
 // The rows of one unit, and how much of their activations and of the unpacked codes it multiplies.
 struct Unit {
@@ -105,7 +104,7 @@ class AmxRun {
 
   void run_panel(std::int64_t panel) {
     const std::int64_t parts = ceil_div(l_.k_padded, kPartK), groups = ceil_div(l_.act_groups, parts);
-    stored_ = rows_.begin;
+    stored_ = claimed_ = rows_.begin;
     ahead_ = a_.panels + (panel + 1) * l_.panel_bytes;
     ahead_lines_ =
         panel + 1 == l_.panels
@@ -138,7 +137,9 @@ class AmxRun {
       for (std::int64_t m = rows.begin; m < rows.end; m += kUnitRows)
         for (std::int64_t col = 0; col < kRows; col += kUnitCols) {
           run_unit(groups.begin, g, m, min64(kUnitRows, rows.end - m), col);
-          if (last) store_rows(panel, min64(rows.begin, stored_ + pace));
+          if (!last) continue;
+          store_rows(panel, min64(rows.begin, stored_ + pace));
+          claim_rows(panel, min64(rows.end, claimed_ + pace));
         }
   }
 
@@ -177,6 +178,12 @@ class AmxRun {
     }
   }
 
+  void claim_rows(std::int64_t panel, std::int64_t end) {
+    if (stream_ || claimed_ >= end) return;
+    claim_outputs(a_, panel, claimed_, end - claimed_);
+    claimed_ = end;
+  }
+
   void store_rows(std::int64_t panel, std::int64_t end) {
     if (stored_ >= end) return;
     float* out = out_ + (stored_ - rows_.begin) * kRows;
@@ -201,12 +208,12 @@ class AmxRun {
   Sums before_;
   const std::uint8_t* ahead_ = nullptr;
   std::int64_t ahead_lines_ = 0;
-  std::int64_t stored_ = 0;  // rows of the panel before this one are in y
+  std::int64_t stored_ = 0, claimed_ = 0;  // rows of the panel before these are in y, or their lines asked for
 };
 
 inline void run_amx(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
                     std::int64_t row_end) {
-  if (row_end - row_begin < kAmxRows || a.layout->act_groups == 0) {
+  if (row_end - row_begin < fewest_rows(*a.layout) || a.layout->act_groups == 0) {
     avx512_table.int8.run(a, panel_begin, panel_end, row_begin, row_end);
   } else {
     AmxRun(a, {row_begin, row_end}).panels({panel_begin, panel_end});

@@ -49,6 +49,11 @@ QTALE_INLINE void multiply_tiles() {
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+// From so many rows on tiles are faster than registers; later where much has to be unpacked or scaled.
+inline std::int64_t fewest_rows(const Layout& l) {
+  return !l.per_channel && (l.num_bits == 8 || l.block_k == 32) ? 28 : 20;
+}
+
 // Rows of activations beside the row-major form: [rows / 16][k / 64][16][64], zeros behind the last input.
 struct ActTiles {
   std::int8_t* codes;
@@ -70,6 +75,7 @@ inline std::size_t amx_rows_bytes(const Layout& l, std::int64_t rows) {
 inline void prepare_amx_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
   prepare_int8_rows(a, begin, end);
   const Layout& l = *a.layout;
+  if (a.rows < fewest_rows(l)) return;
   const Int8Rows rows(l, a.rows, a.workspace);
   const ActTiles tiles(l, a.rows, a.workspace);
   for (std::int64_t m = begin; m < end; ++m) {
