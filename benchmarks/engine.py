@@ -61,7 +61,7 @@ BATCH_GAIN = (4.0, 3.0)
 
 def of_isa(targets: tuple[float, float] | None) -> float | None:
     """The target for the instruction set in use."""
-    isa = _core.cpu_isa().removesuffix("_bf16")
+    isa = _core.cpu_isa().split("_")[0]
     return targets[isa == "avx2"] if targets and isa in ("avx512", "avx2") else None
 
 

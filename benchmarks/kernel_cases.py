@@ -14,6 +14,7 @@ import numpy as np
 from measure import ALIGNMENT, Array, huge_array
 from qtale import _core
 from qtale.bench import Paired, paired, quiet_median, wall
+from qtale.bench.figures import peak_name, share_of_tiles
 from qtale.tensors import memory
 
 OUT, IN = 5632, 2048  # one matrix
@@ -71,8 +72,8 @@ KERNELS = (
 
 
 def target_of(targets: dict[str, float]) -> float | None:
-    """The share to reach with the kernels in use; BF16 changes nothing but the float mode of AVX-512."""
-    return targets.get(_core.cpu_isa().removesuffix("_bf16")) if _core.num_threads() == 1 else None
+    """The share to reach with the kernels in use; what BF16 and AMX add has the targets of AVX-512."""
+    return targets.get(_core.cpu_isa().split("_")[0]) if _core.num_threads() == 1 else None
 
 
 class Weights:
@@ -165,7 +166,8 @@ def prefill(weights: Weights, sizes: Sizes) -> Row:
     result = paired(partial(weights.prefill_rate, sizes.prefill), [peak], sizes.repeats)
     target = target_of(weights.kernel.prefill or {})
     name = f"prefill {weights.kernel.name}"
-    return make_row(name, "op/s", result, "int8 dot peak", target, rows=sizes.prefill)
+    tiles = share_of_tiles(result.value, sizes.peak_seconds)
+    return make_row(name, "op/s", result, peak_name(tiles), target, rows=sizes.prefill, **tiles)
 
 
 def two_threads(weights: Weights, sizes: Sizes) -> Row:

@@ -31,7 +31,7 @@ from qtale import _core
 from qtale.bench import huge_share, machine, machine_lines
 from qtale.errors import Error
 
-PEAKS = ("int8_dot", "u4_int16", "f32_fma")
+PEAKS = ("int8_dot", "int8_tile", "u4_int16", "f32_fma")
 GIGA = {"B/s": "GB/s", "op/s": "Gop/s", "weights/s": "Gw/s"}
 ELEMENTWISE = (("float32", 4, 128), ("float16", 4, 128), ("float32", 8, 0), ("float16", 8, 0))
 PREPACKED = ((4, 128), (8, 0), (3, 128), (2, 128))

@@ -34,9 +34,10 @@ double copy_pass(const Memory& source, const Memory& target) {
 
 Peak peak_from_name(const std::string& name) {
   if (name == "int8_dot") return Peak::int8_dot;
+  if (name == "int8_tile") return Peak::int8_tile;
   if (name == "u4_int16") return Peak::u4_int16;
   if (name == "f32_fma") return Peak::f32_fma;
-  throw InputError("measure_peak: '" + name + "' is no limit; use 'int8_dot', 'u4_int16' or 'f32_fma'.");
+  throw InputError("measure_peak: '" + name + "' is no limit; use 'int8_dot', 'int8_tile', 'u4_int16' or 'f32_fma'.");
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 
 Some compilers spill accumulators when they inline or hoist, which costs half the speed and fails no other test. A
 constant that found no register, or one value out and back, hides behind the multiplications and is let pass.
-Functions are the tile_... of kernels_, decoder_ and solve_avx2, _avx512 and _avx512_bf16; loops are backward jumps
-over one basic block that holds a multiplication. A function without such a loop fails too: then this script no longer
-sees what it has to watch.
+Functions are the tile_... of kernels_, decoder_ and solve_avx2, _avx512, _avx512_bf16 and _amx; loops are backward
+jumps over one basic block that holds a multiplication. A function without such a loop fails too: then this script no
+longer sees what it has to watch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ OBJECTS = (
     "decoder_avx2.cpp",
     "decoder_avx512.cpp",
     "decoder_avx512_bf16.cpp",
+    "kernels_amx.cpp",
     "kernels_avx2.cpp",
     "kernels_avx512.cpp",
     "kernels_avx512_bf16.cpp",

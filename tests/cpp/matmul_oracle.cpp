@@ -144,6 +144,10 @@ std::string compare(const Expected& expected, const Floats& y, std::int64_t rows
   return "";
 }
 
+struct alignas(64) Line {
+  std::byte bytes[64];
+};
+
 Product run_kernel(const cpu::KernelTable& table, Compute compute, const Panels& weight, const Activations& x,
                    std::int64_t rows, const std::vector<float>& bias, Random& random) {
   constexpr std::int64_t kGap = 3;
@@ -158,13 +162,15 @@ Product run_kernel(const cpu::KernelTable& table, Compute compute, const Panels&
   const std::unique_ptr<std::byte, void (*)(void*)> workspace(
       static_cast<std::byte*>(std::aligned_alloc(64, (bytes + 64) / 64 * 64)), std::free);
   std::fill_n(workspace.get(), bytes, std::byte{0xff});  // leftovers of an earlier product
+  std::vector<Line> scratch(kernel.scratch_bytes ? kernel.scratch_bytes(l, rows) / sizeof(Line) + 1 : 0);
   const cpu::MatmulArgs args{&l,
                              weight.bytes.data(),
                              rows,
                              {x.values.data(), dtype, x.stride},
                              workspace.get(),
                              bias.empty() ? nullptr : bias.data(),
-                             {guarded.data(), dtype, l.n + kGap}};
+                             {guarded.data(), dtype, l.n + kGap},
+                             reinterpret_cast<std::byte*>(scratch.data())};
   const auto cut = [&](std::int64_t size, std::int64_t unit) {
     return std::min(size, random.integer(0, static_cast<int>((size + unit - 1) / unit)) * unit);
   };

@@ -33,8 +33,9 @@ struct MemoryLimits {
 MemoryLimits measure_memory(std::int64_t bytes, int passes);
 
 enum class Peak : std::uint8_t {
-  int8_dot,  // u8 x s8 into int32: vpdpbusd; vpmaddubsw + vpmaddwd + vpaddd where there is no VNNI
-  u4_int16,  // u4 x s8 summed in int16 (vpmaddubsw + vpaddw): the way past the int8 limit of AVX2
+  int8_dot,   // u8 x s8 into int32: vpdpbusd; vpmaddubsw + vpmaddwd + vpaddd where there is no VNNI
+  int8_tile,  // the same by tiles of AMX: tdpbsud
+  u4_int16,   // u4 x s8 summed in int16 (vpmaddubsw + vpaddw): the way past the int8 limit of AVX2
   f32_fma,
 };
 

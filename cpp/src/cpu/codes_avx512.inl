@@ -84,19 +84,38 @@ QTALE_INLINE __m512i load_zeros(const std::uint8_t* p, int v) {
 }
 
 // Asks for one field's part of the lines of a step: all at once would be more than the line buffers take. Where memory
-// answers slowly these lines go to L2, and those that this tile reads soon from there to L1.
-template <class C, int Field>
+// answers slowly these lines go to L2, and those that a tile of few rows reads soon from there to L1; larger tiles take
+// their time, and have no register left for it.
+template <class C, int Field, int Rows>
 QTALE_INLINE void prefetch_part_of_step(const std::uint8_t* w, const std::uint8_t*& ahead, std::int64_t pace) {
   constexpr int kLines = C::kBytes / 64, kFirst = kLines * Field / C::kFields;
+  constexpr bool kAlsoNear = kNear > 0 && Rows <= 4;
   unroll<kLines*(Field + 1) / C::kFields - kFirst>([&](auto line) QTALE_INLINE_LAMBDA {
     _mm_prefetch(reinterpret_cast<const char*>(ahead), kNear > 0 ? _MM_HINT_T1 : _MM_HINT_T0);
-    if constexpr (kNear > 0) _mm_prefetch(reinterpret_cast<const char*>(w + 64 * (kFirst + line) + kNear), _MM_HINT_T0);
+    if constexpr (kAlsoNear) _mm_prefetch(reinterpret_cast<const char*>(w + 64 * (kFirst + line) + kNear), _MM_HINT_T0);
     ahead += pace;
   });
 }
 
 // Group 0 finds no earlier sums in the output.
 QTALE_INLINE __mmask16 keep_of(std::int64_t group) { return static_cast<__mmask16>(group == 0 ? 0 : 0xffff); }
+
+// (sum - (offset + zero point) * activation total) * scale, for matrices with one scale per row.
+inline void finish_channel(const Layout& l, const std::uint8_t* panel, const float* totals, std::int64_t rows,
+                           float* out) {
+  const std::uint8_t* params = panel + l.param_offset(0);
+  __m512 scale[kVecs];
+  load_scales(scale, params, l.scale_dtype);
+  for (int p = 0; p < kVecs; ++p) {
+    __m512 offset = _mm512_set1_ps(static_cast<float>(1 << (l.num_bits - 1)));
+    if (!l.symmetric) offset = _mm512_add_ps(offset, _mm512_cvtepi32_ps(load_zeros(params + l.scale_bytes, p)));
+    for (std::int64_t m = 0; m < rows; ++m) {
+      float* o = out + m * kRows + 16 * p;
+      const __m512 sum = _mm512_fnmadd_ps(offset, _mm512_set1_ps(totals[m]), _mm512_load_ps(o));
+      _mm512_store_ps(o, _mm512_mul_ps(sum, scale[p]));
+    }
+  }
+}
 
 }  // namespace
 }  // namespace qtale::cpu

@@ -1,5 +1,13 @@
 #include "cpu/isa.h"
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#ifdef QTALE_X86
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -28,6 +36,30 @@ const KernelTable& avx512_bf16_table() {
   }();
   return table;
 }
+
+const KernelTable& avx512_amx_table() {
+  static const KernelTable table = [] {
+    KernelTable same = avx512_bf16_table();
+    same.name = "avx512_amx";
+    same.int8 = avx512_amx_int8_table;
+    return same;
+  }();
+  return table;
+}
+
+// Whether the CPU multiplies tiles of bytes and the system grants this process their registers, which it hands out on
+// demand alone. Asks for them.
+bool claim_amx() {
+#ifdef __linux__
+  constexpr unsigned kTileBits = 3u << 24;  // AMX-TILE and AMX-INT8
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTileBits) != kTileBits) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 std::vector<const KernelTable*> find_tables() {
@@ -40,7 +72,9 @@ std::vector<const KernelTable*> find_tables() {
                       __builtin_cpu_supports("avx512vnni");
   if (avx2) tables.push_back(&avx2_table);
   if (avx512) tables.push_back(&avx512_table);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_table());
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16) tables.push_back(&avx512_bf16_table());
+  if (bf16 && claim_amx()) tables.push_back(&avx512_amx_table());
 #endif
   return tables;
 }

@@ -66,6 +66,7 @@ struct MatmulArgs {
   std::byte* workspace;  // 64-byte aligned
   const float* bias;     // [n] or nullptr
   RowsOut y;
+  std::byte* scratch = nullptr;  // of the calling thread, 64-byte aligned, where the kernel wants some
 };
 
 struct MatmulKernel {
@@ -77,6 +78,8 @@ struct MatmulKernel {
               std::int64_t row_end);
   std::int64_t row_tile;
   std::int64_t row_block;  // rows that best share one pass over the weights; a multiple of row_tile
+  // Bytes of scratch that run wants for a block of so many rows; nullptr: none.
+  std::size_t (*scratch_bytes)(const Layout&, std::int64_t rows) = nullptr;
 };
 
 // One project_topk or matmul: rows of x times the entries of a matrix.
@@ -162,6 +165,7 @@ extern const KernelTable avx2_table;
 extern const KernelTable avx512_table;
 extern const MatmulKernel avx512_bf16_float_table;  // in place of the float one where the CPU has BF16
 extern const ProjectKernel avx512_bf16_project_table;
+extern const MatmulKernel avx512_amx_int8_table;  // in place of the int8 one where the CPU has AMX
 #endif
 
 }  // namespace qtale::cpu

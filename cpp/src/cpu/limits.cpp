@@ -20,10 +20,25 @@ constexpr std::int64_t kHugePage = std::int64_t{2} << 20;
 
 const cpu::LimitTable& limits() {
 #ifdef QTALE_X86
+  static const cpu::LimitTable amx_limits = [] {
+    cpu::LimitTable same = cpu::avx512_limits;
+    same.int8_tile = cpu::amx_tile_limits;
+    return same;
+  }();
+  if (cpu::kernels().int8.run == cpu::avx512_amx_int8_table.run) return amx_limits;
   if (cpu::kernels().panel_rows == cpu::avx512_table.panel_rows) return cpu::avx512_limits;
   if (&cpu::kernels() == &cpu::avx2_table) return cpu::avx2_limits;
 #endif
   return cpu::generic_limits;
+}
+
+cpu::PeakLoop loop_of(const cpu::LimitTable& table, Peak peak) {
+  switch (peak) {
+    case Peak::int8_dot: return table.int8_dot;
+    case Peak::int8_tile: return table.int8_tile;
+    case Peak::u4_int16: return table.u4_int16;
+    default: return table.f32_fma;
+  }
 }
 
 template <class Fn>
@@ -125,10 +140,7 @@ MemoryLimits measure_memory(std::int64_t bytes, int passes) {
 
 std::optional<double> measure_peak(Peak peak, double seconds) {
   constexpr std::int64_t kUnit = 4096;  // rounds: some microseconds
-  const cpu::LimitTable& table = limits();
-  const cpu::PeakLoop& loop = peak == Peak::int8_dot   ? table.int8_dot
-                              : peak == Peak::u4_int16 ? table.u4_int16
-                                                       : table.f32_fma;
+  const cpu::PeakLoop loop = loop_of(limits(), peak);
   if (loop.run == nullptr) return std::nullopt;
   const auto run = [&](std::int64_t units) {
     return seconds_of([&] {

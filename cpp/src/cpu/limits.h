@@ -24,6 +24,7 @@ struct LimitTable {
   Reader readers[kReaders];
   void (*copy)(const std::byte* from, std::byte* to, std::int64_t bytes);  // whole, aligned lines
   PeakLoop int8_dot;
+  PeakLoop int8_tile;
   PeakLoop u4_int16;
   PeakLoop f32_fma;
 };
@@ -32,6 +33,7 @@ extern const LimitTable generic_limits;
 #ifdef QTALE_X86
 extern const LimitTable avx2_limits;
 extern const LimitTable avx512_limits;
+extern const PeakLoop amx_tile_limits;
 #endif
 
 }  // namespace qtale::cpu

@@ -79,6 +79,7 @@ const LimitTable avx2_limits = {
     QTALE_READERS,
     copy,
     {dot_loop, kChains * kOpsPerDot},
+    {nullptr, 0},
     {int16_loop, kChains * kOpsPerDot},
     {fma_loop, kChains * kOpsPerFma},
 };

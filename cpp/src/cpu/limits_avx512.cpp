@@ -50,7 +50,7 @@ __attribute__((noipa)) void fma_loop(std::int64_t rounds) {
 namespace qtale::cpu {
 
 const LimitTable avx512_limits = {
-    QTALE_READERS, copy, {dot_loop, kChains * kOpsPerDot}, {nullptr, 0}, {fma_loop, kChains * kOpsPerFma},
+    QTALE_READERS, copy, {dot_loop, kChains * kOpsPerDot}, {nullptr, 0}, {nullptr, 0}, {fma_loop, kChains * kOpsPerFma},
 };
 
 }  // namespace qtale::cpu

@@ -28,6 +28,6 @@ void copy(const std::byte* from, std::byte* to, std::int64_t bytes) {
 
 namespace qtale::cpu {
 
-const LimitTable generic_limits = {QTALE_READERS, copy, {nullptr, 0}, {nullptr, 0}, {nullptr, 0}};
+const LimitTable generic_limits = {QTALE_READERS, copy, {nullptr, 0}, {nullptr, 0}, {nullptr, 0}, {nullptr, 0}};
 
 }  // namespace qtale::cpu

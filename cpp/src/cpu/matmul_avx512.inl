@@ -5,23 +5,6 @@
 namespace qtale::cpu {
 namespace {
 
-// (sum - (offset + zero point) * activation total) * scale, for matrices with one scale per row.
-inline void finish_channel(const Layout& l, const std::uint8_t* panel, const float* totals, std::int64_t rows,
-                           float* out) {
-  const std::uint8_t* params = panel + l.param_offset(0);
-  __m512 scale[kVecs];
-  load_scales(scale, params, l.scale_dtype);
-  for (int p = 0; p < kVecs; ++p) {
-    __m512 offset = _mm512_set1_ps(static_cast<float>(1 << (l.num_bits - 1)));
-    if (!l.symmetric) offset = _mm512_add_ps(offset, _mm512_cvtepi32_ps(load_zeros(params + l.scale_bytes, p)));
-    for (std::int64_t m = 0; m < rows; ++m) {
-      float* o = out + m * kRows + 16 * p;
-      const __m512 sum = _mm512_fnmadd_ps(offset, _mm512_set1_ps(totals[m]), _mm512_load_ps(o));
-      _mm512_store_ps(o, _mm512_mul_ps(sum, scale[p]));
-    }
-  }
-}
-
 // The activations of one tile.
 struct TileIn {
   const std::int8_t* codes;
@@ -35,7 +18,7 @@ QTALE_INLINE void multiply_step(__m512i (&acc)[M][kVecs], const std::uint8_t* w,
                                 const std::uint8_t*& ahead, std::int64_t pace) {
   using C = Codes<Bits>;
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
-    prefetch_part_of_step<C, field>(w, ahead, pace);
+    prefetch_part_of_step<C, field, M>(w, ahead, pace);
     __m512i code[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { code[p] = C::template get<field>(w, p); });
     unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {

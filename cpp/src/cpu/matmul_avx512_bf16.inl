@@ -98,7 +98,7 @@ QTALE_INLINE void multiply_step_bf16(__m512 (&acc)[R][kVecs], __m512i table, con
                                      std::int64_t pace) {
   using C = Codes<Bits>;
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
-    prefetch_part_of_step<C, field>(w, ahead, pace);
+    prefetch_part_of_step<C, field, R>(w, ahead, pace);
     unroll<2>([&](auto odd) QTALE_INLINE_LAMBDA {
       __m512i value[kVecs];
       unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {

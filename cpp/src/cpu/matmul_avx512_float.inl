@@ -34,7 +34,7 @@ QTALE_INLINE void multiply_step_float(__m512 (&acc)[M][kVecs], const std::uint8_
                                       const std::uint8_t*& ahead, std::int64_t pace) {
   using C = Codes<Bits>;
   unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
-    prefetch_part_of_step<C, field>(w, ahead, pace);
+    prefetch_part_of_step<C, field, M>(w, ahead, pace);
     __m512i line[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
       line[p] = kInPlace<Bits> ? load_line(w + 64 * p) : C::template get<field>(w, p);

@@ -54,11 +54,15 @@ class Product {
 
   void run() const {
     const Layout& l = *parts_[0].layout;
-    const std::int64_t work = std::max<std::int64_t>(1, l.panel_rows * l.k * std::min(rows(), block_));
+    const std::int64_t rows_at_once = std::min(rows(), block_);
+    const std::int64_t work = std::max<std::int64_t>(1, l.panel_rows * l.k * rows_at_once);
     const std::int64_t tasks = blocks_ * panels_, worth = ceil_div(kRunGrain, work);
     const std::int64_t grain = tasks <= worth ? worth : ceil_div(worth, kLeastShare);
     parallel_for(tasks, grain, [&](std::int64_t begin, std::int64_t end) {
-      while (begin < end) begin = run_some(begin, end);
+      thread_local Scratch own;
+      std::byte* scratch =
+          kernel_.scratch_bytes == nullptr ? nullptr : own.reserve(kernel_.scratch_bytes(l, rows_at_once));
+      while (begin < end) begin = run_some(begin, end, scratch);
     });
   }
 
@@ -66,13 +70,15 @@ class Product {
   std::int64_t rows() const { return parts_[0].rows; }
 
   // Runs those of tasks [begin, end) that lie in the part and row block of the first; returns where they end.
-  std::int64_t run_some(std::int64_t begin, std::int64_t end) const {
+  std::int64_t run_some(std::int64_t begin, std::int64_t end, std::byte* scratch) const {
     const std::int64_t row_block = begin / panels_;
     std::int64_t panel = begin % panels_;
     std::size_t part = 0;
     for (; panel >= parts_[part].layout->panels; ++part) panel -= parts_[part].layout->panels;
     const std::int64_t stop = std::min(parts_[part].layout->panels, panel + (end - begin));
-    kernel_.run(parts_[part], panel, stop, row_block * block_, std::min(rows(), (row_block + 1) * block_));
+    MatmulArgs args = parts_[part];
+    args.scratch = scratch;
+    kernel_.run(args, panel, stop, row_block * block_, std::min(rows(), (row_block + 1) * block_));
     return begin + stop - panel;
   }
 

@@ -76,6 +76,18 @@ def decode(subject: Subject, repeats: int) -> Row:
     return make_row("decode", result.value / work.token_bytes, "tokens/s", result, **extra)
 
 
+def share_of_tiles(rate: float, seconds: float) -> Row:
+    """The peak of AMX's products of bytes and ``rate`` as a share of it; None without AMX."""
+    peak = _core.measure_peak("int8_tile", seconds)
+    return {"tile_peak": peak, "tile_share": None if peak is None else rate / peak}
+
+
+def peak_name(tiles: Row) -> str:
+    """The integer dot peak, and the share of AMX's where there is one."""
+    share = tiles["tile_share"]
+    return "int8 dot peak" if share is None else f"int8 dot peak ({share:.3f} of the peak of tiles)"
+
+
 def prefill(subject: Subject, tokens: int, repeats: int) -> Row:
     """Tokens per second of one prompt; its share is operations of the layers' matrices over the integer dot peak."""
     operations = subject.work.pass_operations(tokens)
@@ -85,7 +97,8 @@ def prefill(subject: Subject, tokens: int, repeats: int) -> Row:
 
     subject.prefill_seconds(min(tokens, 16))
     result = paired(rate, [partial(_core.measure_peak, "int8_dot", _PEAK_SECONDS)], repeats)
-    extra = {"limit_name": "int8 dot peak", "limit_unit": "op/s", "tokens": tokens}
+    tiles = share_of_tiles(result.value, _PEAK_SECONDS)
+    extra = {"limit_name": peak_name(tiles), "limit_unit": "op/s", "tokens": tokens, **tiles}
     return make_row(f"prefill {tokens}", result.value / operations * tokens, "tokens/s", result, **extra)
 
 

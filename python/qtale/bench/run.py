@@ -26,7 +26,7 @@ from qtale.errors import InputError
 
 PEERS = ("llama.cpp",)
 _PEER_TOKENS = 64
-_PEAKS = ("int8_dot", "f32_fma")
+_PEAKS = ("int8_dot", "int8_tile", "f32_fma")
 _MEMORY = 256 << 20
 
 

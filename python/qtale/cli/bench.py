@@ -70,8 +70,8 @@ def _text(result: dict[str, Any]) -> str:
     lines = [result["model"], *machine_lines(result["machine"])]
     lines.append(f"a token reads {result['weights']['token_bytes'] / 1e6:.1f} MB of weights")
     for limit in result["limits"]:
-        peak = limit["int8_dot"]
-        dot = "" if peak is None else f", int8 dot peak {peak / 1e9:.0f} Gop/s"
+        named = (("int8 dot peak", limit["int8_dot"]), ("peak of tiles", limit["int8_tile"]))
+        dot = "".join(f", {name} {peak / 1e9:.0f} Gop/s" for name, peak in named if peak is not None)
         lines.append(
             f"limits, {limit['threads']} thread(s): read {limit['dram_read'] / 1e9:.1f} GB/s ({limit['reader']}){dot}"
         )
