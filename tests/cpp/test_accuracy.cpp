@@ -157,8 +157,10 @@ TEST_CASE("qmatmul: several weights with one input have the bits of single calls
   Random random(53);
   constexpr std::int64_t kK = 576, kWide = 400;
   // Alike and not: some share their activations, others do not.
-  const Shape shapes[] = {{200, kK, 9, 4, true, DType::f16}, {64, kK, 9, 4, true, DType::f16},
-                          {1, kK, 9, 4, true, DType::f32},   {70, kK, 1, 8, true, DType::f16},
+  const Shape shapes[] = {{200, kK, 9, 4, true, DType::f16},
+                          {64, kK, 9, 4, true, DType::f16},
+                          {1, kK, 9, 4, true, DType::f32},
+                          {70, kK, 1, 8, true, DType::f16},
                           {65, kK, 18, 3, false, DType::f16}};
   std::vector<Weight> weights;
   for (const Shape& shape : shapes)

@@ -21,7 +21,7 @@ namespace qtale {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kSpins = 4000;         // some tens of microseconds: the gap between two layers of one model
+constexpr int kSpins = 4000;        // some tens of microseconds: the gap between two layers of one model
 constexpr std::int64_t kShare = 2;  // a range is this part of what each thread has left to do
 thread_local bool inside_range = false;
 thread_local int thread_limit = 0;  // 0: none of its own

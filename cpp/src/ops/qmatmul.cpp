@@ -27,8 +27,10 @@ cpu::QmatmulPart checked(const TensorView& x, const QmatmulWeight& weight) {
       fail_input("qmatmul: bias has shape {}; expected [{}].", ops::shape_text(*weight.bias), info.out_features);
     ops::check_contiguous(kOp, "bias", *weight.bias);
   }
-  return {weight.prepacked.as<const std::uint8_t>(), weight.prepacked.shape[0],
-          weight.bias ? weight.bias->as<const float>() : nullptr, {y.data, y.dtype, y.strides[0]}};
+  return {weight.prepacked.as<const std::uint8_t>(),
+          weight.prepacked.shape[0],
+          weight.bias ? weight.bias->as<const float>() : nullptr,
+          {y.data, y.dtype, y.strides[0]}};
 }
 
 }  // namespace
