@@ -129,6 +129,7 @@ TEST_CASE("errors: values that no code stands for are refused") {
   const auto code_of_100 = [](A& a) { a.bytes[77] = 100; };
   expect_refusal(kOps[3], code_of_100, "100");
   expect_refusal(kOps[5], code_of_100, "100");
+  expect_refusal(kOps[5], [](A& a) { a.bytes[512 + 3] = -128; }, "zero point -128 does not fit");
 }
 
 TEST_CASE("errors: weights that are not finite name their row") {

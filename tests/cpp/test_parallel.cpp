@@ -86,6 +86,11 @@ TEST_CASE("parallel_for: ranges are disjoint, cover everything and respect the g
   }
 }
 
+TEST_CASE("parallel_for: a little more than the grain is shared", "[threads]") {
+  const ThreadScope scope(2);
+  CHECK(ranges_of(15, 8) == std::vector<Range>{{0, 8}, {8, 15}});
+}
+
 TEST_CASE("parallel_for: several threads take part", "[threads]") {
   const ThreadScope scope(2);
   std::mutex mutex;

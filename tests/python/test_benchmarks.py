@@ -51,6 +51,7 @@ def test_machine_and_limits_are_described(quick):
     assert limits["dram_read"] > 0
     assert limits["copy"] > 0
     assert set(limits) >= {"threads", "reader", "int8_dot", "int8_tile", "u4_int16", "f32_fma"}
+    assert (limits["int8_tile"] is not None) == (quick["machine"]["isa"] == "avx512_amx")
 
 
 def test_only_and_isa_choose(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,19 @@ def test_slices_begin_at_64_bytes_and_do_not_overlap(tmp_path: Path) -> None:
     assert arena.bytes.ctypes.data % (2 << 20) == 0
 
 
+@pytest.fixture(params=[None, 1, 3])
+def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache in one stretch, and in many that one or several threads read."""
+    before = _core.num_threads()
+    if request.param is not None:
+        monkeypatch.setattr("qtale.engine.cache._PIECE", 1 << 10)
+        monkeypatch.setattr("qtale.engine.cache._STRETCH", 3 << 10)
+        _core.set_num_threads(request.param)
+    yield
+    _core.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("stretches")
 def test_a_cache_gives_the_same_memory_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = open_folder(saved(tmp_path))
     layout, arena = loaded(folder, quantize=QuantSpec(4, 32))
@@ -143,6 +157,7 @@ def test_a_cache_gives_the_same_memory_again(tmp_path: Path, caplog: pytest.LogC
     assert not caplog.records
 
 
+@pytest.mark.usefixtures("stretches")
 def test_a_broken_cache_is_ignored_and_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(tmp_path)
     options: dict[str, Any] = {"bits": 4, "group_size": 32, "cache": tmp_path / "cache"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,12 +168,31 @@ def test_int8_routes_alike_however_tokens_come_and_nearly_as_float_does(
             assert np.abs(np.subtract(engine.report.executed, counts)).max() <= max(1, len(tokens) // 20)
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
-def test_int8_keeps_the_matrices_of_routers_in_half_the_bytes(dense: Path, tmp_path: Path, compute: str) -> None:
+@pytest.mark.skipif("avx512_bf16" not in _core.cpu_isas(), reason="needs AVX-512 BF16")
+def test_a_decoder_routes_as_the_kernels_in_use_do(dense: Path, tmp_path: Path) -> None:
+    folder, best = routed(dense, tmp_path / "model"), _core.cpu_isa()
+
+    def decisions(load_with: str, run_with: str) -> list[Any]:
+        _core.set_cpu_isa(load_with)
+        with qtale.load(folder, bits=8, progress=False, kv_dtype="float16") as engine:
+            _core.set_cpu_isa(run_with)
+            return [(engine.logits(tokens).tolist(), engine.report.executed) for tokens in prompts()]
+
+    try:
+        assert decisions("avx512_bf16", "avx512") == decisions("avx512", "avx512")
+        assert decisions("avx512", "avx512_bf16") == decisions("avx512_bf16", "avx512_bf16")
+    finally:
+        _core.set_cpu_isa(best)
+
+
+@pytest.mark.parametrize("compute", ["int8", "float", "bfloat16"])
+def test_routers_that_round_read_half_of_their_matrices(dense: Path, tmp_path: Path, compute: str) -> None:
+    if compute == "bfloat16" and not _core.has_bfloat16():
+        pytest.skip("needs AVX-512 BF16")
     folder = open_folder(routed(dense, tmp_path / "model"))
     loaded = LoadedModel(folder, WeightOptions(QuantSpec(8, "channel")), LoadOptions(compute=compute), progress=False)
     routers = loaded.routing.routers.values()
-    rounded = 2 if compute == "int8" and _core.has_bfloat16() else 0
+    rounded = 2 if compute != "float" and _core.has_bfloat16() else 0
     expected = sum(array.nbytes for router in routers for array in router.tensors().values())
     expected -= rounded * sum(router.w1.size for router in routers)
     assert loaded.make_decoder().router_bytes() == expected

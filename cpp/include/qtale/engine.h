@@ -26,6 +26,7 @@ using Projection = std::vector<Matrix>;
 // residual that enters the layer. Two logits execute with the probability softmax(logits)[1], one with sigmoid(logit).
 struct Router {
   TensorView w1;                    // [h, hidden] or [1, hidden] f32
+  std::optional<TensorView> bf16;   // w1 rounded; the decoder makes it
   std::optional<TensorView> bias1;  // [h] or [1] f32
   std::optional<TensorView> norm;   // [h] f32
   std::optional<TensorView> w2;     // [2, h] f32
@@ -126,8 +127,8 @@ class Decoder {
   void set_num_threads(int count);  // 0: as many as the process uses
 
   const CallReport& report() const;
-  // Bytes that the routers of all layers hold: with Compute::int8 their matrices are kept as bfloat16 numbers where the
-  // CPU multiplies such.
+  // Bytes that the routers of all layers read for a token: half for matrices that are rounded to bfloat16, which those
+  // of layers are whose attention rounds, where the CPU multiplies such numbers.
   std::int64_t router_bytes() const;
   // Bytes of pages in use, by layer.
   std::vector<std::int64_t> kv_bytes() const;

@@ -64,8 +64,7 @@ struct Job {
   // Ranges get shorter and shorter: long ones run well, and with short ones at the end all threads end together, also
   // where the host has delayed some.
   std::int64_t end_of_range(std::int64_t begin) const {
-    const std::int64_t length = std::max(grain, (size - begin) / (threads * kShare));
-    return size - begin < length + grain ? size : begin + length;
+    return std::min(size, begin + std::max(grain, (size - begin) / (threads * kShare)));
   }
 
   void work() {

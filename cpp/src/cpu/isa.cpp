@@ -62,6 +62,12 @@ bool claim_amx() {
 }
 #endif
 
+// The name in QTALE_CPU_ISA; empty: the best that there is.
+std::string wanted_name() {
+  const char* name = std::getenv("QTALE_CPU_ISA");
+  return name == nullptr ? "" : name;
+}
+
 std::vector<const KernelTable*> find_tables() {
   std::vector<const KernelTable*> tables{&reference_table, &generic_table};
 #ifdef QTALE_X86
@@ -74,7 +80,10 @@ std::vector<const KernelTable*> find_tables() {
   if (avx512) tables.push_back(&avx512_table);
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (bf16) tables.push_back(&avx512_bf16_table());
-  if (bf16 && claim_amx()) tables.push_back(&avx512_amx_table());
+  // The claim makes the system ask for larger stacks of signal handlers, so nobody gets it who wants other kernels.
+  const std::string wanted = wanted_name();
+  const bool amx = wanted.empty() || wanted == avx512_amx_table().name;
+  if (bf16 && amx && claim_amx()) tables.push_back(&avx512_amx_table());
 #endif
   return tables;
 }
@@ -91,8 +100,8 @@ const KernelTable* find(const std::string& name) {
 
 std::atomic<const KernelTable*>& current() {
   static std::atomic<const KernelTable*> table = [] {
-    const char* wanted = std::getenv("QTALE_CPU_ISA");
-    return wanted != nullptr && *wanted != '\0' ? find(wanted) : available_tables().back();
+    const std::string wanted = wanted_name();
+    return wanted.empty() ? available_tables().back() : find(wanted);
   }();
   return table;
 }

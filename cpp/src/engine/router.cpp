@@ -30,7 +30,7 @@ std::vector<std::uint16_t> round_matrix(Router& router, Compute rounding) {
     std::transform(router.w1.as<float>() + r * router.w1.strides[0],
                    router.w1.as<float>() + r * router.w1.strides[0] + hidden, values.begin() + r * hidden,
                    float_to_bf16);
-  router.w1 = TensorView::matrix(values.data(), DType::bf16, rows, hidden);
+  router.bf16 = TensorView::matrix(values.data(), DType::bf16, rows, hidden);
   return values;
 }
 
@@ -38,7 +38,8 @@ std::int64_t bytes_of(const Router& router) {
   const auto size = [](const std::optional<TensorView>& part) {
     return part ? part->numel() * size_of(part->dtype) : 0;
   };
-  return size(router.w1) + size(router.bias1) + size(router.norm) + size(router.w2) + size(router.bias2);
+  return size(router.bf16 ? router.bf16 : router.w1) + size(router.bias1) + size(router.norm) + size(router.w2) +
+         size(router.bias2);
 }
 
 std::vector<float> execution_probabilities(const Router& router, const TensorView& x, Compute rounding,
@@ -48,7 +49,10 @@ std::vector<float> execution_probabilities(const Router& router, const TensorVie
   // silu_mul multiplies with a second half, which is all ones here.
   const TensorView memory = workspace.matrix(Buffer::router, rows, 2 * width + 2);
   const TensorView hidden = columns(memory, 0, width), logits = columns(memory, 2 * width, 2);
-  matmul(x, router.w1, pointer(router.bias1), hidden, compute_of(rounding, x.shape[1]));
+  // Asked anew, because the kernels in use may be others than when the decoder was made.
+  const Compute compute = compute_of(rounding, x.shape[1]);
+  const bool rounded = compute == Compute::bfloat16 && router.bf16;
+  matmul(x, rounded ? *router.bf16 : router.w1, pointer(router.bias1), hidden, compute);
   if (!single) {
     if (router.norm) rms_norm(hidden, *router.norm, router.norm_eps, hidden);
     for (std::int64_t r = 0; r < rows; ++r)

@@ -13,6 +13,7 @@ namespace qtale::engine {
 // The router points into what is returned, which is empty where there is nothing to round.
 std::vector<std::uint16_t> round_matrix(Router& router, Compute rounding);
 
+// Bytes that it reads for a token.
 std::int64_t bytes_of(const Router& router);
 
 // Probability to execute for each row of x [rows, hidden], the raw residual stream. Unless `rounding` is

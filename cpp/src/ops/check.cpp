@@ -88,7 +88,7 @@ void check_cpu(std::string_view op, const TensorView& t) {
     fail_input("{}: the tensor is on a CUDA device, but {}; move it to the CPU.", op, cuda_reason());
 }
 
-void check_codes(std::string_view op, const TensorView& codes, int num_bits) {
+void check_codes(std::string_view op, const TensorView& codes, int num_bits, std::string_view name) {
   constexpr std::int64_t kGrain = 1 << 20;
   const auto* data = codes.as<const std::int8_t>();
   const int half = 1 << (num_bits - 1);
@@ -100,7 +100,7 @@ void check_codes(std::string_view op, const TensorView& codes, int num_bits) {
   });
   if (!outside) return;
   const auto* bad = std::find_if(data, data + codes.numel(), [&](int code) { return code < -half || code >= half; });
-  fail_input("{}: code {} does not fit {} bits; expected {} to {}.", op, *bad, num_bits, -half, half - 1);
+  fail_input("{}: {} {} does not fit {} bits; expected {} to {}.", op, name, *bad, num_bits, -half, half - 1);
 }
 
 std::int64_t check_params(std::string_view op, std::int64_t out, std::int64_t in, const TensorView& scale,

@@ -31,7 +31,7 @@ void check_shape(std::string_view op, std::string_view name, const TensorView& t
 void check_contiguous(std::string_view op, std::string_view name, const TensorView& t);
 void check_cpu(std::string_view op, const TensorView& t);
 // Contiguous int8 codes on the CPU, all in [-2^(b-1), 2^(b-1)-1].
-void check_codes(std::string_view op, const TensorView& codes, int num_bits);
+void check_codes(std::string_view op, const TensorView& codes, int num_bits, std::string_view name = "code");
 // Scales [out, groups] and optional zero points of a weight [out, in]; returns groups.
 std::int64_t check_params(std::string_view op, std::int64_t out, std::int64_t in, const TensorView& scale,
                           const TensorView* zero_point);

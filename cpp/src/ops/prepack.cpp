@@ -46,6 +46,8 @@ void prepack(const TensorView& codes, const TensorView& scale, const TensorView*
   if (buffer.shape[0] != bytes)
     fail_input("prepack: the buffer has {} bytes; this weight takes {}.", buffer.shape[0], bytes);
   ops::check_codes(op, codes, num_bits);
+  // Kernels that take them off the codes have no room for more.
+  if (zero_point != nullptr) ops::check_codes(op, *zero_point, num_bits, "zero point");
   cpu::prepack(info, codes.as<const std::int8_t>(), scale.data,
                zero_point ? zero_point->as<const std::int8_t>() : nullptr, buffer.as<std::uint8_t>());
 }
