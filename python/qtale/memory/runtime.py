@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qtale import _core
 from qtale.checkpoint.safetensors import ITEM_BYTES
 from qtale.errors import InputError
 from qtale.memory.shape import ModelShape
@@ -84,7 +85,9 @@ def _engine_workspace(shape: ModelShape, context: int, batch: int) -> int:
 
 
 def _codes(shape: ModelShape) -> int:
-    return shape.intermediate_width + 4 * shape.intermediate_width // _ACTIVATION_GROUP
+    # AMX keeps them once more, cut into tiles.
+    forms = 2 if _core.cpu_isa() == "avx512_amx" else 1
+    return forms * shape.intermediate_width + 4 * shape.intermediate_width // _ACTIVATION_GROUP
 
 
 _RUNTIMES = {
