@@ -107,7 +107,7 @@ def test_a_process_takes_what_was_predicted(demo_model: Path, small: Path, plan:
     assert found["loaded"] == pytest.approx(needs.weights, rel=0.03)
     # torch's own kernels hold some MiB more on some CPUs, whatever the model.
     assert found["peak"] == pytest.approx(needs.total, rel=0.03, abs=8 << 20)
-    assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12)
+    assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12, abs=8 << 20)
     # With the allocator's own settings its heap keeps gaps during a run, but what stays is the same.
     assert measured("torch", small, mixed, 0)["loaded"] == pytest.approx(needs.weights, rel=0.03)
 
@@ -121,4 +121,4 @@ def test_the_engine_takes_what_was_predicted(
     found = measured("engine", small, mixed, context, batch)
     assert found["loaded"] == pytest.approx(needs.weights, rel=0.03)
     assert found["peak"] == pytest.approx(needs.total, rel=0.03)
-    assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12)
+    assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12, abs=8 << 20)
