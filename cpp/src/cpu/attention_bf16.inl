@@ -42,7 +42,7 @@ class RoundedSpan : BlockSpan<E> {
       const std::int64_t entry = at + p * kPageTokens;
       if (entry + kPageTokens <= begin_ || entry >= end_) continue;
       const auto* from = page(entry);
-      if (!Int8Keys) pair_keys<E>(from, depth, w_.keys + p * kLine);
+      if (!Int8Keys) pair_keys<E>(from, depth, w_.keys + p * kLine, kKeyStep);
       pair_values<E>(from + values_at_, depth, state_.stride, w_.values + p * kPageTokens * state_.stride);
     }
   }

@@ -30,10 +30,11 @@ QTALE_INLINE void store_pairs(std::uint16_t* p, VecF low, VecF high) {
   _mm512_storeu_si512(p, reinterpret_cast<__m512i>(pairs_of(low, high)));
 }
 
-// The keys of a page to pairs [depth / 2][kKeyStep / 2].
+// The keys of a page to pairs, those of two dimensions `step` numbers behind those of the two before.
 template <class E>
-__attribute__((noipa)) void pair_keys(const typename E::T* from, std::int64_t depth, std::uint16_t* to) {
-  for (std::int64_t d = 0; d < depth; d += 2, from += 2 * kPageTokens, to += kKeyStep)
+__attribute__((noipa)) void pair_keys(const typename E::T* from, std::int64_t depth, std::uint16_t* to,
+                                      std::int64_t step) {
+  for (std::int64_t d = 0; d < depth; d += 2, from += 2 * kPageTokens, to += step)
     store_pairs(to, E::load(from), E::load(from + kPageTokens));
 }
 

@@ -49,22 +49,27 @@ inline void code_query(const AttentionArgs& a, const float* from, const CodedQue
   *to.starts = -kKeyOffset * sum;
 }
 
+// A query as bf16 numbers, with zeros from the head's end up to `padded`.
+inline void round_query(const AttentionArgs& a, const float* from, std::int64_t padded, std::uint16_t* to) {
+  const VecF factor = set1(a.scale * 1.44269504f);
+  for (std::int64_t d = 0; d < padded; d += kWidth) {
+    const std::int64_t rest = a.head_dim - d;
+    const VecF x = rest >= kWidth ? load_f32(from + d) : rest > 0 ? load_part<F32>(from + d, rest) : set1(0.0f);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(mul(x, factor))));
+  }
+}
+
 inline void prepare_rounded(const AttentionArgs& a, const AttentionBlock& b, std::byte* scratch) {
   const std::int64_t count = b.rows * a.group;
   const RoundedWorkspace w(scratch, count, a.head_dim);
-  const VecF factor = set1(a.scale * 1.44269504f);
-  std::uint16_t* to = w.queries;
-  for (std::int64_t i = 0; i < count; ++i, to += kRoundedStride) {
+  for (std::int64_t i = 0; i < count; ++i) {
     const float* from = heads_at(a.q, a, b, i);
     prefetch_head(heads_at(a.q, a, b, min64(i + kHeadsAhead, count - 1)), a.head_dim);
     if (a.dtype == DType::s8) {
       code_query(a, from, w.coded.from(i));
-      continue;
-    }
-    for (std::int64_t d = 0; d < a.head_dim; d += kWidth) {
-      const VecF x = d + kWidth <= a.head_dim ? load_f32(from + d) : load_part<F32>(from + d, a.head_dim - d);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d),
-                          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(mul(x, factor))));
+    } else {
+      round_query(a, from, round_up(a.head_dim, kWidth), w.queries + i * kRoundedStride);
     }
   }
 }

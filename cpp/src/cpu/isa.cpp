@@ -38,20 +38,26 @@ const KernelTable& avx512_bf16_table() {
 }
 
 const KernelTable& avx512_amx_table() {
+  static const DecoderKernels decoder = [] {
+    DecoderKernels same = *avx512_bf16_table().decoder;
+    same.rounded.attention = avx512_amx_attention;
+    return same;
+  }();
   static const KernelTable table = [] {
     KernelTable same = avx512_bf16_table();
     same.name = "avx512_amx";
     same.int8 = avx512_amx_int8_table;
+    same.decoder = &decoder;
     return same;
   }();
   return table;
 }
 
-// Whether the CPU multiplies tiles of bytes and the system grants this process their registers, which it hands out on
-// demand alone. Asks for them.
+// Whether the CPU multiplies tiles of bytes and of bf16 numbers and the system grants this process their registers,
+// which it hands out on demand alone. Asks for them.
 bool claim_amx() {
 #ifdef __linux__
-  constexpr unsigned kTileBits = 3u << 24;  // AMX-TILE and AMX-INT8
+  constexpr unsigned kTileBits = 3u << 24 | 1u << 22;  // AMX-TILE, AMX-INT8 and AMX-BF16
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTileBits) != kTileBits) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;

@@ -83,9 +83,8 @@ class AmxRun {
   }
 
   void panels(Span panels) {
-    configure_tiles(step_k());
+    const TilesInUse tiles(tile_shapes(step_k()));
     for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) run_panel(panel);
-    release_tiles();
     if (stream_) _mm_sfence();
   }
 

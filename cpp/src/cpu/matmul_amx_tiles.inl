@@ -1,50 +1,21 @@
 // What AMX reads: activations cut into tiles, and part of a panel with its codes as bytes and its scales as floats.
 #pragma once
 
+#include "cpu/amx.inl"
 #include "cpu/codes_avx512.inl"
 
 namespace qtale::cpu {
 namespace {
 
-constexpr std::int64_t kTileRows = 16, kTileBytes = 1024;
-constexpr std::int64_t kTileK = 64;              // inputs of a tile of activations; blocks of 32 use half of it
+constexpr std::int64_t kTileK = kTileLine;       // inputs of a tile of activations; blocks of 32 use half of it
 constexpr std::int64_t kLineStride = 4 * kRows;  // bytes from four inputs of a panel to the next four
 
-// Instructions are spelled out: the intrinsics of g++ 12 want literals, and hide from it which memory they read.
-
-// Configures the tile registers of the calling thread; release_tiles puts them out of use, so that no other code finds
-// them configured and switches between threads have nothing of them to save.
-inline void configure_tiles(std::int64_t step_k) {
-  alignas(64) std::uint8_t config[64] = {1};  // palette; bytes per row from 16 on, rows from 48 on
-  for (int tile = 0; tile < 8; ++tile) {
-    const bool activations = tile == 4 || tile == 5, codes = tile >= 6;
-    config[16 + 2 * tile] = static_cast<std::uint8_t>(activations ? step_k : 64);
-    config[48 + tile] = static_cast<std::uint8_t>(codes ? step_k / 4 : kTileRows);
-  }
-  asm volatile("ldtilecfg (%0)" : : "r"(config) : "memory");
-}
-inline void release_tiles() { asm volatile("tilerelease"); }
-
-template <int Tile>
-QTALE_INLINE void load_tile(const void* from, std::int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
-}
-template <int Tile>
-QTALE_INLINE void store_tile_sums(void* to, std::int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(Tile) : "memory");
-}
-template <int Tile>
-QTALE_INLINE void zero_tile() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(Tile));
-}
-// Signed activations times codes.
-template <bool SignedCodes, int Sums, int Activations, int Line>
-QTALE_INLINE void multiply_tiles() {
-  if constexpr (SignedCodes) {
-    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Activations), "i"(Line));
-  } else {
-    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Activations), "i"(Line));
-  }
+// Tiles 4 and 5 are activations, 6 and 7 codes, `step_k` inputs of each.
+inline TileShapes tile_shapes(std::int64_t step_k) {
+  TileShapes shapes;
+  for (const int activations : {4, 5}) shapes.set(activations, kTileRows, step_k);
+  for (const int codes : {6, 7}) shapes.set(codes, step_k / 4, kTileLine);
+  return shapes;
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

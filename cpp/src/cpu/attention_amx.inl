@@ -1,0 +1,229 @@
+// Attention of a block of queries over one span of the cache on AMX, for 16 queries at once: scores are products of
+// tiles of codes or of bf16 numbers, values those of bf16 numbers, and AVX-512 weighs the scores of one tile while the
+// values of the one before are multiplied. Few queries are multiplied in tiles, too: a row has the same sums so.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/attention_amx_softmax.inl"
+
+namespace qtale::cpu::attending {
+namespace {
+
+constexpr int kQueryTile = 4, kKeyTile = 5, kWeightTile = 6, kValueTile = 7;  // those before hold sums
+
+inline TileShapes attention_shapes(const AttentionArgs& a) {
+  TileShapes shapes;
+  if (a.dtype == DType::s8 && a.head_dim < kTileLine) {
+    shapes.set(kQueryTile, kTileRows, a.head_dim);
+    shapes.set(kKeyTile, a.head_dim / 4, kTileLine);
+  }
+  return shapes;
+}
+
+template <class E, bool Int8Keys>
+class TileSpan : BlockSpan<E> {
+  using Base = BlockSpan<E>;
+
+ public:
+  TileSpan(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, std::int64_t end, std::byte* scratch,
+           std::byte* state)
+      : Base(a, b, begin, end, TileWorkspace(scratch, b.rows * a.group, a.head_dim, a.dtype).ranges, state),
+        w_(scratch, count_, a.head_dim, a.dtype) {}
+
+  void run() {
+    state_.clear(count_);
+    if (begin_ >= end_) return;
+    const TilesInUse tiles(attention_shapes(a_));
+    for (std::int64_t at = begin_ / kChunk * kChunk; at < end_; at += kChunk) {
+      set_ranges(at);
+      at_ = at;
+      run_chunk();
+    }
+  }
+
+ private:
+  std::int64_t tiles() const { return (count_ + kTileRows - 1) / kTileRows; }
+  std::int64_t columns() const { return state_.stride / kWidth; }
+
+  void run_chunk() {
+    ahead_ = NextChunk(*this);
+    convert();
+    const bool apart = !whole_ && !all_finite(w_.values, columns());
+    Unweighed16 nothing{};
+    for (std::int64_t tile = 0; tile < tiles(); ++tile) {
+      ahead_.ask();
+      multiply_keys(tile);
+      Unweighed16 fresh = unweighed(tile);
+      tile > 0 ? add_tile(tile - 1, apart, fresh) : weigh(fresh, fresh.rows);
+    }
+    add_tile(tiles() - 1, apart, nothing);
+  }
+
+  // Keys and values of the chunk to tiles. Entries that no query sees are zero: they may be any bits.
+  void convert() {
+    const std::int64_t depth = a_.head_dim;
+    for (int p = 0; p < kPages; ++p) {
+      const std::int64_t entry = at_ + p * kPageTokens;
+      pages_[p] = page(entry);
+      if constexpr (Int8Keys) {
+        scales_[p] = reinterpret_cast<const float*>(bytes_of(pages_[p]) + kPageTokens * depth);
+      } else {
+        tile_keys<E>(pages_[p], depth, w_.query_bytes / 2, w_.keys + p * kPageTokens * w_.query_bytes / 2);
+      }
+      ahead_.ask_early();
+      tile_page_values<E>(pages_[p] + values_at_, depth, w_.values + p * kPageTokens / 2 * kTilePairs);
+    }
+    const auto within = [&](std::int64_t entry) {
+      return static_cast<std::int32_t>(entry < at_ ? 0 : entry > at_ + kChunk ? kChunk : entry - at_);
+    };
+    const Range seen{within(begin_), within(end_)};
+    if (!seen.all()) keep_entries(w_.values, columns(), seen, w_.values);
+  }
+
+  void multiply_keys(std::int64_t tile) const {
+    const std::byte* queries = w_.queries + tile * kTileRows * w_.query_bytes;
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
+      if constexpr (Int8Keys) {
+        load_tile<p>(w_.starts + tile * kTileRows * kWidth, kTileLine);
+      } else {
+        zero_tile<p>();
+      }
+    });
+    const std::int64_t steps = (w_.query_bytes + kTileLine - 1) / kTileLine;
+    for (std::int64_t step = 0; step < steps; ++step) {
+      load_tile<kQueryTile>(queries + step * kTileLine, w_.query_bytes);
+      unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
+        if constexpr (Int8Keys) {
+          load_tile<kKeyTile>(bytes_of(pages_[p]) + step * kTileBytes, kTileLine);
+          multiply_tiles<false, p, kQueryTile, kKeyTile>();
+        } else {
+          load_tile<kKeyTile>(w_.keys + p * kPageTokens * w_.query_bytes / 2 + step * kTileNumbers, kTileLine);
+          multiply_bf16_tiles<p, kQueryTile, kKeyTile>();
+        }
+      });
+    }
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
+      store_tile_sums<p>(w_.scores + p * kTileLine, kChunk * std::int64_t{sizeof(float)});
+    });
+  }
+
+  std::uint16_t* weights(std::int64_t tile) const { return w_.weights + tile % 2 * kTileWeights; }
+
+  Unweighed16 unweighed(std::int64_t tile) const {
+    const std::int64_t first = tile * kTileRows;
+    return {w_.scores,
+            w_.factors + first,
+            scales_,
+            ranges_ + first,
+            state_.tops + first,
+            state_.totals + first * kWidth,
+            state_.sums + first * state_.stride,
+            weights(tile),
+            state_.stride,
+            min64(kTileRows, count_ - first)};
+  }
+
+  void weigh(Unweighed16& u, std::int64_t rows) const {
+    const std::int64_t next = min64(rows, u.rows);
+    if (next > 0) whole_ ? tile_weigh<Int8Keys, true>(u, next) : tile_weigh<Int8Keys, false>(u, next);
+  }
+
+  // Adds the values of a tile of queries that are weighed, and weighs others. What is not finite must not meet a weight
+  // of zero, so then queries that see different entries take turns.
+  void add_tile(std::int64_t tile, bool apart, Unweighed16& others) const {
+    const std::int64_t first = tile * kTileRows, stride = state_.stride;
+    float* const sums = state_.sums + first * stride;
+    if (!apart) {
+      add_values(weights(tile), w_.values, sums, others);
+    } else {
+      by_range(first, min64(first + kTileRows, count_), [&](std::int64_t begin, std::int64_t end, const Range& range) {
+        Unweighed16 nothing{};
+        keep_entries(w_.values, columns(), range, w_.kept);
+        std::copy_n(sums, kTileRows * stride, w_.sums);
+        add_values(weights(tile), w_.kept, w_.sums, nothing);
+        std::copy(w_.sums + (begin - first) * stride, w_.sums + (end - first) * stride, state_.sums + begin * stride);
+      });
+    }
+    weigh(others, others.rows);
+  }
+
+  void add_values(const std::uint16_t* weights, const std::uint16_t* values, float* sums, Unweighed16& others) const {
+    const std::int64_t pace = (kTileRows + kValueSteps * columns() - 1) / (kValueSteps * columns());
+    std::int64_t column = 0;
+    const auto add = [&](auto count) {
+      add_columns<count>(weights, values + column * kColumn, sums + column * kWidth, pace, others);
+      column += count;
+    };
+    while (columns() - column >= 4) add(std::integral_constant<int, 4>{});
+    while (columns() - column >= 2) add(std::integral_constant<int, 2>{});
+    if (column < columns()) add(std::integral_constant<int, 1>{});
+  }
+
+  template <int Columns>
+  void add_columns(const std::uint16_t* weights, const std::uint16_t* values, float* sums, std::int64_t pace,
+                   Unweighed16& others) const {
+    const std::int64_t stride = state_.stride * std::int64_t{sizeof(float)};
+    unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA { load_tile<c>(sums + c * kWidth, stride); });
+    unroll<kValueSteps>([&](auto step) QTALE_INLINE_LAMBDA {
+      load_tile<kWeightTile>(weights + step * kTilePairs, 2 * kChunk);
+      unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA {
+        load_tile<kValueTile>(values + c * kColumn + step * kTileNumbers, kTileLine);
+        multiply_bf16_tiles<c, kWeightTile, kValueTile>();
+        weigh(others, pace);
+      });
+    });
+    unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA { store_tile_sums<c>(sums + c * kWidth, stride); });
+  }
+
+  // Asks for the pages of the next chunk, for some lines at a time: all at once would have to wait.
+  class NextChunk {
+   public:
+    NextChunk() = default;
+    explicit NextChunk(const TileSpan& s)
+        : lines_(s.at_ + kChunk < s.last_ ? kv_head_bytes(s.a_.head_dim, s.a_.dtype) / 64 : 0),
+          step_((lines_ + s.tiles() - 1) / s.tiles()),
+          early_(s.tiles() < kPages) {
+      for (int p = 0; p < kPages; ++p)
+        pages_[p] = reinterpret_cast<const char*>(s.page_ahead(s.at_ + kChunk + p * kPageTokens));
+    }
+    void ask() { ask(step_); }
+    // Where there are few tiles.
+    void ask_early() {
+      if (early_) ask((lines_ + kPages - 1) / kPages);
+    }
+
+   private:
+    void ask(std::int64_t lines) {
+      for (const std::int64_t stop = min64(lines_, line_ + lines); line_ < stop; ++line_)
+        for (const char* page : pages_) __builtin_prefetch(page + line_ * 64, 0, 2);
+    }
+
+    const char* pages_[kPages] = {};
+    std::int64_t lines_ = 0, step_ = 0, line_ = 0;
+    bool early_ = false;
+  };
+
+  using Base::a_, Base::b_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_;
+  using Base::by_range, Base::page, Base::page_ahead, Base::set_ranges, Base::values_at_, Base::whole_, Base::last_;
+
+  TileWorkspace w_;
+  NextChunk ahead_;
+  const typename E::T* pages_[kPages] = {};
+  const float* scales_[kPages] = {};
+  std::int64_t at_ = 0;  // entry where the chunk begins
+};
+
+inline void run_tiles(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, std::int64_t end,
+                      std::byte* scratch, std::byte* state) {
+  if (a.dtype == DType::s8) return TileSpan<F16, true>(a, b, begin, end, scratch, state).run();
+  if (a.dtype == DType::f16) return TileSpan<F16, false>(a, b, begin, end, scratch, state).run();
+  TileSpan<F32, false>(a, b, begin, end, scratch, state).run();
+}
+
+constexpr AttentionKernel tile_kernel = {
+    kQueries, tile_state_bytes, tile_scratch_bytes, prepare_tiles, run_tiles, merge, finish,
+};
+
+}  // namespace
+}  // namespace qtale::cpu::attending
