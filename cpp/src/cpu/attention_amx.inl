@@ -12,6 +12,16 @@ namespace {
 
 constexpr int kQueryTile = 4, kKeyTile = 5, kWeightTile = 6, kValueTile = 7;  // those before hold sums
 
+// A tile that sums weights: its first column is one, the others are zero.
+struct OneColumn {
+  alignas(64) std::uint16_t numbers[kTileNumbers] = {};
+  constexpr OneColumn() {
+    for (int line = 0; line < kTileRows; ++line)
+      for (int i = 0; i < 2; ++i) numbers[line * kTilePairs + i] = 0x3f80;
+  }
+};
+constexpr OneColumn kOneColumn;
+
 inline TileShapes attention_shapes(const AttentionArgs& a) {
   TileShapes shapes;
   if (a.dtype == DType::s8 && a.head_dim < kTileLine) {
@@ -121,12 +131,16 @@ class TileSpan : BlockSpan<E> {
             state_.sums + first * state_.stride,
             weights(tile),
             state_.stride,
-            min64(kTileRows, count_ - first)};
+            min64(kTileRows, count_ - first),
+            0};
   }
 
+  // Weighs so many of those that wait.
   void weigh(Unweighed16& u, std::int64_t rows) const {
-    const std::int64_t next = min64(rows, u.rows);
-    if (next > 0) whole_ ? tile_weigh<Int8Keys, true>(u, next) : tile_weigh<Int8Keys, false>(u, next);
+    const std::int64_t first = u.weighed, end = min64(u.rows, first + rows);
+    if (first == end) return;
+    whole_ ? tile_weigh<Int8Keys, true>(u, first, end) : tile_weigh<Int8Keys, false>(u, first, end);
+    u.weighed = end;
   }
 
   // Adds the values of a tile of queries that are weighed, and weighs others. What is not finite must not meet a weight
@@ -134,46 +148,64 @@ class TileSpan : BlockSpan<E> {
   void add_tile(std::int64_t tile, bool apart, Unweighed16& others) const {
     const std::int64_t first = tile * kTileRows, stride = state_.stride;
     float* const sums = state_.sums + first * stride;
+    float* const totals = state_.totals + first * kWidth;
     if (!apart) {
-      add_values(weights(tile), w_.values, sums, others);
+      add_values({weights(tile), w_.values, sums, totals}, others);
     } else {
       by_range(first, min64(first + kTileRows, count_), [&](std::int64_t begin, std::int64_t end, const Range& range) {
         Unweighed16 nothing{};
         keep_entries(w_.values, columns(), range, w_.kept);
         std::copy_n(sums, kTileRows * stride, w_.sums);
-        add_values(weights(tile), w_.kept, w_.sums, nothing);
+        std::copy_n(totals, kTileRows * kWidth, w_.totals);
+        add_values({weights(tile), w_.kept, w_.sums, w_.totals}, nothing);
         std::copy(w_.sums + (begin - first) * stride, w_.sums + (end - first) * stride, state_.sums + begin * stride);
+        std::copy(w_.totals + (begin - first) * kWidth, w_.totals + (end - first) * kWidth,
+                  state_.totals + begin * kWidth);
       });
     }
     weigh(others, others.rows);
   }
 
-  void add_values(const std::uint16_t* weights, const std::uint16_t* values, float* sums, Unweighed16& others) const {
-    const std::int64_t pace = (kTileRows + kValueSteps * columns() - 1) / (kValueSteps * columns());
+  // Weights of a tile of queries, and where values times them and their own sums go.
+  struct Addends {
+    const std::uint16_t *weights, *values;
+    float *sums, *totals;
+  };
+
+  // Weights are summed as they are rounded, beside the first values, so that rounding shifts no mean of values.
+  void add_values(const Addends& all, Unweighed16& others) const {
+    const std::int64_t turns = kValueSteps * ((columns() + 3) / 4), pace = (kTileRows + turns - 1) / turns;
     std::int64_t column = 0;
     const auto add = [&](auto count) {
-      add_columns<count>(weights, values + column * kColumn, sums + column * kWidth, pace, others);
+      const Addends part{all.weights, all.values + column * kColumn, all.sums + column * kWidth, all.totals};
+      column == 0 ? add_columns<count, true>(part, pace, others) : add_columns<count, false>(part, pace, others);
       column += count;
     };
     while (columns() - column >= 4) add(std::integral_constant<int, 4>{});
-    while (columns() - column >= 2) add(std::integral_constant<int, 2>{});
+    if (columns() - column >= 2) add(std::integral_constant<int, 2>{});
     if (column < columns()) add(std::integral_constant<int, 1>{});
   }
 
-  template <int Columns>
-  void add_columns(const std::uint16_t* weights, const std::uint16_t* values, float* sums, std::int64_t pace,
-                   Unweighed16& others) const {
+  template <int Columns, bool Totals>
+  void add_columns(const Addends& part, std::int64_t pace, Unweighed16& others) const {
+    constexpr int kTotals = Columns < 4 ? 2 : 4, kOnes = kTotals + 1;  // tiles that are whole and have nothing to do
     const std::int64_t stride = state_.stride * std::int64_t{sizeof(float)};
-    unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA { load_tile<c>(sums + c * kWidth, stride); });
+    unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA { load_tile<c>(part.sums + c * kWidth, stride); });
+    if constexpr (Totals) {
+      load_tile<kTotals>(part.totals, kTileLine);
+      load_tile<kOnes>(kOneColumn.numbers, kTileLine);
+    }
     unroll<kValueSteps>([&](auto step) QTALE_INLINE_LAMBDA {
-      load_tile<kWeightTile>(weights + step * kTilePairs, 2 * kChunk);
+      load_tile<kWeightTile>(part.weights + step * kTilePairs, 2 * kChunk);
       unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA {
-        load_tile<kValueTile>(values + c * kColumn + step * kTileNumbers, kTileLine);
+        load_tile<kValueTile>(part.values + c * kColumn + step * kTileNumbers, kTileLine);
         multiply_bf16_tiles<c, kWeightTile, kValueTile>();
-        weigh(others, pace);
       });
+      if constexpr (Totals) multiply_bf16_tiles<kTotals, kWeightTile, kOnes>();
+      weigh(others, pace);
     });
-    unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA { store_tile_sums<c>(sums + c * kWidth, stride); });
+    unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA { store_tile_sums<c>(part.sums + c * kWidth, stride); });
+    if constexpr (Totals) store_tile_sums<kTotals>(part.totals, kTileLine);
   }
 
   // Asks for the pages of the next chunk, for some lines at a time: all at once would have to wait.
@@ -222,7 +254,7 @@ inline void run_tiles(const AttentionArgs& a, const AttentionBlock& b, std::int6
 }
 
 constexpr AttentionKernel tile_kernel = {
-    kQueries, tile_state_bytes, tile_scratch_bytes, prepare_tiles, run_tiles, merge, finish,
+    kQueries, state_bytes, tile_scratch_bytes, prepare_tiles, run_tiles, merge, finish,
 };
 
 }  // namespace

@@ -17,7 +17,8 @@ struct Unweighed16 {
   float* sums;             // [queries, stride]
   std::uint16_t* weights;  // [queries, kChunk]
   std::int64_t stride;
-  std::int64_t rows;  // that wait
+  std::int64_t rows;
+  std::int64_t weighed;  // the first of those that wait
 };
 
 // Scores less the top, of one query. Codes are worth what their sums are times both scales.
@@ -35,14 +36,15 @@ inline void hide_lanes(const Range& range, VecF (&x)[kVecs]) {
 
 QTALE_INLINE VecF most_of(const VecF (&x)[kVecs]) { return max(max(x[0], x[1]), max(x[2], x[3])); }
 
-// Raises the top of the first query that waits, and rescales what was summed so far.
-__attribute__((noipa)) void raise_query(const Unweighed16& u, float most) {
-  const float before = *u.tops, wanted = most + kReserve;
-  *u.tops = wanted > before ? wanted : before;
+// Raises the top of a query, and rescales what was summed so far.
+__attribute__((noipa)) void raise_query(const Unweighed16& u, std::int64_t row, float most) {
+  const float before = u.tops[row], wanted = most + kReserve;
+  u.tops[row] = wanted > before ? wanted : before;
   if (before == -FLT_MAX) return;  // what saw nothing yet has sums of zero
-  const VecF factor = exp2_down(set1(before - *u.tops));
-  store_f32(u.totals, mul(load_f32(u.totals), factor));
-  for (std::int64_t d = 0; d < u.stride; d += kWidth) store_f32(u.sums + d, mul(load_f32(u.sums + d), factor));
+  const VecF factor = exp2_down(set1(before - u.tops[row]));
+  float *total = u.totals + row * kWidth, *sums = u.sums + row * u.stride;
+  store_f32(total, mul(load_f32(total), factor));
+  for (std::int64_t d = 0; d < u.stride; d += kWidth) store_f32(sums + d, mul(load_f32(sums + d), factor));
 }
 
 // Lanes of half a chunk, of bf16, that are within a range.
@@ -54,50 +56,36 @@ inline __mmask32 lanes_seen(const Range& range, std::int32_t first) {
   return below(range.end) & ~below(range.begin);
 }
 
-// Weighs so many queries. What one does not see weighs nothing.
+// Weighs the queries [row, end). What one does not see weighs nothing.
 template <bool Int8, bool Whole>
-__attribute__((noipa)) void tile_weigh(Unweighed16& all, std::int64_t rows) {
-  Unweighed16 u = all;
+__attribute__((noipa)) void tile_weigh(const Unweighed16& u, std::int64_t row, std::int64_t end) {
   VecF scale[kVecs];
   if constexpr (Int8) unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { scale[p] = load_f32(u.key_scales[p]); });
-  const auto ones = reinterpret_cast<Pairs>(_mm512_set1_epi32(static_cast<int>(kExp2.ones)));
 #pragma GCC unroll 1
-  for (std::int64_t i = 0; i < rows; ++i) {
+  for (; row < end; ++row) {
     VecF values[kVecs], x[kVecs];
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
-      const std::byte* from = u.scores + p * kTileLine;
+      const std::byte* from = u.scores + row * kChunk * 4 + p * kTileLine;
       values[p] = Int8 ? mul(_mm512_cvtepi32_ps(_mm512_load_si512(from)), scale[p])
                        : load_f32(reinterpret_cast<const float*>(from));
     });
-    const VecF factor = set1(Int8 ? *u.factors : 1.0f);
-    subtract_top<Int8>(values, factor, set1(*u.tops), x);
-    if constexpr (!Whole) hide_lanes(*u.ranges, x);
+    const auto less = [&](float top) QTALE_INLINE_LAMBDA {
+      subtract_top<Int8>(values, set1(Int8 ? u.factors[row] : 1.0f), set1(top), x);
+      if constexpr (!Whole) hide_lanes(u.ranges[row], x);
+    };
+    less(u.tops[row] - kExp2Offset);
     if (not_le(most_of(x), set1(kSlack)) != 0) [[unlikely]] {
-      subtract_top<Int8>(values, factor, set1(0.0f), x);
-      if constexpr (!Whole) hide_lanes(*u.ranges, x);
-      raise_query(u, reduce_max(most_of(x)));
-      subtract_top<Int8>(values, factor, set1(*u.tops), x);
-      if constexpr (!Whole) hide_lanes(*u.ranges, x);
+      less(0.0f);
+      raise_query(u, row, reduce_max(most_of(x)));
+      less(u.tops[row] - kExp2Offset);
     }
-    VecF total = load_f32(u.totals);
     unroll<2>([&](auto half) QTALE_INLINE_LAMBDA {
       const VecF first = exp2_rounded(x[2 * half], &kExp2), second = exp2_rounded(x[2 * half + 1], &kExp2);
       auto rounded = reinterpret_cast<VecI>(_mm512_cvtne2ps_pbh(second, first));
-      if constexpr (!Whole) rounded = _mm512_maskz_mov_epi16(lanes_seen(*u.ranges, half * 32), rounded);
-      _mm512_store_si512(u.weights + half * 32, rounded);
-      accumulate_pairs(total, reinterpret_cast<Pairs>(rounded), ones);
+      if constexpr (!Whole) rounded = _mm512_maskz_mov_epi16(lanes_seen(u.ranges[row], half * 32), rounded);
+      _mm512_store_si512(u.weights + row * kChunk + half * 32, rounded);
     });
-    store_f32(u.totals, total);
-    u.scores += kChunk * sizeof(float);
-    u.factors += 1;
-    u.ranges += 1;
-    u.tops += 1;
-    u.totals += kWidth;
-    u.sums += u.stride;
-    u.weights += kChunk;
   }
-  u.rows -= rows;
-  all = u;
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ struct TileWorkspace {
   std::uint16_t* values = nullptr;   // [stride / 16, kChunk / 2, kTilePairs]
   std::uint16_t* kept = nullptr;     // the same: what some queries see of them
   float* sums = nullptr;             // [16, stride] of those queries
+  float* totals = nullptr;           // [16, kWidth]
   Range* ranges = nullptr;           // [queries]
   std::int64_t query_bytes = 0;
   std::size_t bytes = 0;
@@ -49,17 +50,13 @@ struct TileWorkspace {
     take(values, stride / kWidth * kColumn);
     take(kept, stride / kWidth * kColumn);
     take(sums, kTileRows * stride);
+    take(totals, kTileRows * kWidth);
     take(ranges, rows);
   }
 };
 
 inline std::size_t tile_scratch_bytes(const AttentionArgs& a, std::int64_t queries) {
   return TileWorkspace(nullptr, queries, a.head_dim, a.dtype).bytes;
-}
-
-// Sums of queries come last in a state: those beyond the last one are only there to make tiles whole.
-inline std::size_t tile_state_bytes(const AttentionArgs& a, std::int64_t queries) {
-  return State::bytes(round_up(queries, kTileRows), a.head_dim);
 }
 
 inline void prepare_tiles(const AttentionArgs& a, const AttentionBlock& b, std::byte* scratch) {

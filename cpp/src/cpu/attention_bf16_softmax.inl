@@ -11,24 +11,28 @@ namespace {
 // was there when it was raised. So what was summed before is rarely rescaled.
 constexpr float kSlack = 32.0f, kReserve = 16.0f;
 
-// 2^(j / 16) times the slope of 2^r, less the bits that j leaves where the whole number joins the exponent.
+// What is added to an exponent before it is turned into a power: 2^r for |r| <= 1/32 is a line through -kExp2Offset.
+// A top that is less by so much adds it without an operation.
+constexpr float kExp2Offset = 1.4375f;
+
+// 2^(j / 16) times the slope of that line, less the bits that j leaves where the whole number joins the exponent.
 struct Exp2Table {
-  alignas(64) std::uint32_t powers[16] = {0x3f317662, 0x3f3151c2, 0x3f31862f, 0x3f32179a, 0x3f330a22, 0x3f346213,
-                                          0x3f3623ea, 0x3f385459, 0x3f3af843, 0x3f3b0a63, 0x3f38d79d, 0x3f36e698,
-                                          0x3f353a3f, 0x3f33d59a, 0x3f32bbd8, 0x3f31f048};
-  float lowest = -100.0f;      // a weight that no sum notices: numbers that are not normal are slow
-  float bias = 786432.0f;      // 1.5 * 2^19: a sum with it is rounded to 16ths
-  float offset = 1.44273019f;  // 2^r for |r| <= 1/32 is a line through -offset
+  alignas(64) std::uint32_t powers[16] = {0x3f321d65, 0x3f320029, 0x3f323c4f, 0x3f32d5cb, 0x3f33d0be, 0x3f35317b,
+                                          0x3f36fc81, 0x3f393686, 0x3f3be474, 0x3f3b85b6, 0x3f395865, 0x3f376d15,
+                                          0x3f35c6af, 0x3f346843, 0x3f3354fe, 0x3f329037};
+  float lowest = kExp2Offset - 100.0f;   // of a weight that no sum notices: numbers that are not normal are slow
+  float bias = 786432.0f - kExp2Offset;  // 1.5 * 2^19: a sum with it is rounded to 16ths
+  float whole_bias = 786432.0f;
   std::uint32_t ones = 0x3f803f80;
 };
 inline constexpr Exp2Table kExp2;
 
-// 2^x for x <= 100 within 2^-13, which bf16 does not tell from exact. One multiplication, because others wait for the
-// units that multiply.
+// 2^(x - kExp2Offset) for x <= 100 within 2^-12.5, which bf16 does not tell from exact. One multiplication, because
+// others wait for the units that multiply.
 QTALE_INLINE VecF exp2_rounded(VecF x, const Exp2Table* table) {
   const VecF kept = max(set1(table->lowest), x);  // NaN stays
   const VecF biased = add(kept, set1(table->bias));
-  const VecF rest = add(sub(kept, sub(biased, set1(table->bias))), set1(table->offset));
+  const VecF rest = sub(kept, sub(biased, set1(table->whole_bias)));
   const __m512i bits = _mm512_castps_si512(biased);
   const __m512i power = _mm512_permutexvar_epi32(bits, _mm512_load_si512(table->powers));
   return mul(_mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_slli_epi32(bits, 19))), rest);
@@ -38,9 +42,9 @@ QTALE_INLINE VecF exp2_rounded(VecF x, const Exp2Table* table) {
 // tile there are registers for one.
 QTALE_INLINE void weigh_half(const float* scores, float top, float* total, std::uint16_t* weights,
                              const Exp2Table* table) {
-  VecF first = exp2_rounded(sub(load_f32(scores), set1(top)), table);
+  VecF first = exp2_rounded(sub(load_f32(scores), set1(top - kExp2Offset)), table);
   asm volatile("" : "+v"(first) : : "memory");
-  const VecF second = exp2_rounded(sub(load_f32(scores + kWidth), set1(top)), table);
+  const VecF second = exp2_rounded(sub(load_f32(scores + kWidth), set1(top - kExp2Offset)), table);
   const Pairs rounded = _mm512_cvtne2ps_pbh(second, first);
   _mm512_storeu_si512(weights, reinterpret_cast<__m512i>(rounded));
   VecF sum = load_f32(total);
