@@ -10,6 +10,7 @@
 namespace qtale::cpu::attending {
 namespace {
 
+constexpr std::int64_t kTileQueries = 128;  // of a block: more would leave L1 with all that is summed
 constexpr int kQueryTile = 4, kKeyTile = 5, kWeightTile = 6, kValueTile = 7;  // those before hold sums
 
 // A tile that sums weights: its first column is one, the others are zero.
@@ -254,7 +255,7 @@ inline void run_tiles(const AttentionArgs& a, const AttentionBlock& b, std::int6
 }
 
 constexpr AttentionKernel tile_kernel = {
-    kQueries, state_bytes, tile_scratch_bytes, prepare_tiles, run_tiles, merge, finish,
+    kTileQueries, state_bytes, tile_scratch_bytes, prepare_tiles, run_tiles, merge, finish,
 };
 
 }  // namespace
