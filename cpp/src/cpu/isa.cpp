@@ -47,6 +47,7 @@ const KernelTable& avx512_amx_table() {
     KernelTable same = avx512_bf16_table();
     same.name = "avx512_amx";
     same.int8 = avx512_amx_int8_table;
+    same.bf16_project = &avx512_amx_project_table;
     same.decoder = &decoder;
     return same;
   }();

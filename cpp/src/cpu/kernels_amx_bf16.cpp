@@ -1,0 +1,12 @@
+// What AMX adds to the products of bf16 numbers: those of attention and of matrices in tiles.
+#include "cpu/vec_avx512.h"
+
+#include "cpu/attention_amx.inl"
+#include "cpu/project_amx.inl"
+
+namespace qtale::cpu {
+
+const AttentionKernel avx512_amx_attention = attending::tile_kernel;
+const ProjectKernel avx512_amx_project_table = projection::tile_kernel;
+
+}  // namespace qtale::cpu
