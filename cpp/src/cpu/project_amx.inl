@@ -16,6 +16,7 @@ constexpr std::int64_t kPanelRows = 2 * kTileRows;    // of x, likewise
 constexpr std::int64_t kPanelSums = kTileEntries * kPanelRows;
 constexpr std::int64_t kFewLanes = 4;                          // rows of x that have narrow tiles
 constexpr std::int64_t kSharedSteps = 8, kStreamedSteps = 32;  // tiles of the depth that wait for all rows
+constexpr std::int64_t kAheadSteps = 16;                       // that few rows ask for in advance
 constexpr int kEntryTile = 4, kRowTile = 6;                    // the first of two; those before hold sums
 
 // Rows of x in panels [steps][tiles][16 pairs][lanes] of pairs, zeros behind the last row and number.
@@ -106,18 +107,35 @@ class TileProduct {
   }
 
   void run_group(std::int64_t entry, std::int64_t count) const {
-    for (std::int64_t step = 0; step < x_.steps || step == 0; step += block_) {
+    const std::int64_t streamed = stream_entries(entry, count);
+    for (std::int64_t step = streamed; step < x_.steps || step == streamed; step += block_) {
       const std::int64_t steps = min64(block_, x_.steps - step);
       const bool last = step + steps >= x_.steps;
       copy_entries(entry, count, step, steps, last ? at(entry + kTileEntries, 0) : at(entry, step + steps));
       float* sums = sums_;
-      const auto* x = reinterpret_cast<const float*>(a_.packed) + step * x_.tiles * x_.tile_pairs();
-      for (std::int64_t row = 0; row < a_.rows; row += kPanelRows, sums += kPanelSums, x += x_.panel_pairs()) {
+      for (std::int64_t row = 0; row < a_.rows; row += kPanelRows, sums += kPanelSums) {
         const std::int64_t rows = min64(kPanelRows, a_.rows - row);
-        multiply(count, rows, x, steps, step == 0, sums);
+        const Lines lines{entries_, kTileLine, steps * (kTileBytes / 2), kTileBytes / 2};
+        multiply<false>({lines, lines, row, step, steps}, count, rows, sums);
         if (last) sink_.template panel<2>(sums, entry, count, row, rows);
       }
     }
+  }
+
+  // Few rows wait for memory: entries are multiplied where they lie, for as many steps as are whole.
+  std::int64_t stream_entries(std::int64_t entry, std::int64_t count) const {
+    if constexpr (std::is_same_v<E, Bf16>) {
+      if (a_.rows > kPanelRows || count % kTileRows != 0) return 0;
+      const std::int64_t whole = a_.depth / kTileDepth, early = min64(kAheadSteps, whole);
+      const auto lines = [&](std::int64_t from, std::int64_t step) {
+        return Lines{at(from, step), a_.matrix.stride * 2, kTileRows * a_.matrix.stride, kTileDepth};
+      };
+      multiply<true>({lines(entry, 0), lines(entry, early), 0, 0, whole - early}, count, a_.rows, sums_);
+      multiply<true>({lines(entry, whole - early), lines(entry + kTileEntries, 0), 0, whole - early, early}, count,
+                     a_.rows, sums_);
+      return whole;
+    }
+    return 0;
   }
 
   // To [2][steps][16][32]. Asks for the same entries of what comes next.
@@ -134,17 +152,27 @@ class TileProduct {
     }
   }
 
-  void multiply(std::int64_t count, std::int64_t rows, const float* x, std::int64_t steps, bool begins,
-                float* sums) const {
+  // Tiles of entries in steps of the depth, all distances in numbers but the first, which is in bytes.
+  struct Lines {
+    const std::uint16_t* at;
+    std::int64_t line, tile, step;
+  };
+  struct Factors {
+    Lines entries, ahead;  // what is multiplied, and what is asked for meanwhile
+    std::int64_t row, step, steps;
+  };
+
+  template <bool Asks>
+  void multiply(const Factors& f, std::int64_t count, std::int64_t rows, float* sums) const {
     if (count > kTileRows) {
-      rows > kTileRows ? multiply_panel<2, 2>(x, steps, begins, sums) : multiply_panel<2, 1>(x, steps, begins, sums);
+      rows > kTileRows ? multiply_panel<2, 2, Asks>(f, sums) : multiply_panel<2, 1, Asks>(f, sums);
     } else {
-      rows > kTileRows ? multiply_panel<1, 2>(x, steps, begins, sums) : multiply_panel<1, 1>(x, steps, begins, sums);
+      rows > kTileRows ? multiply_panel<1, 2, Asks>(f, sums) : multiply_panel<1, 1, Asks>(f, sums);
     }
   }
 
-  template <int Entries, int Rows>
-  void multiply_panel(const float* x, std::int64_t steps, bool begins, float* sums) const {
+  template <int Entries, int Rows, bool Asks>
+  void multiply_panel(const Factors& f, float* sums) const {
     constexpr std::int64_t kStride = kPanelRows * std::int64_t{sizeof(float)};
     const auto each_sum = [&](auto&& fn) QTALE_INLINE_LAMBDA {
       unroll<Entries * Rows>([&](auto i) QTALE_INLINE_LAMBDA {
@@ -153,14 +181,18 @@ class TileProduct {
       });
     };
     each_sum([&](auto i, auto e, auto r) QTALE_INLINE_LAMBDA {
-      begins ? zero_tile<i>() : load_tile<i>(sums + e * kTileRows * kPanelRows + r * kTileRows, kStride);
+      f.step == 0 ? zero_tile<i>() : load_tile<i>(sums + e * kTileRows * kPanelRows + r * kTileRows, kStride);
     });
-    const std::uint16_t* entries = entries_;
+    const auto* x = reinterpret_cast<const float*>(a_.packed) + f.row / kPanelRows * x_.panel_pairs() +
+                    f.step * x_.tiles * x_.tile_pairs();
     const std::int64_t line = x_.lanes * std::int64_t{sizeof(float)};
-    for (std::int64_t s = 0; s < steps; ++s, entries += kTileBytes / 2, x += x_.tiles * x_.tile_pairs()) {
+    Lines entries = f.entries, ahead = f.ahead;
+    for (std::int64_t s = 0; s < f.steps; ++s, entries.at += entries.step, x += x_.tiles * x_.tile_pairs()) {
       unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA {
-        load_tile<kEntryTile + e>(entries + e * steps * (kTileBytes / 2), kTileLine);
+        load_tile<kEntryTile + e>(entries.at + e * entries.tile, entries.line);
+        if constexpr (Asks) ask(ahead.at + e * ahead.tile, ahead.line);
       });
+      if constexpr (Asks) ahead.at += ahead.step;
       unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA { load_tile<kRowTile + r>(x + r * x_.tile_pairs(), line); });
       each_sum([&](auto i, auto e, auto r)
                    QTALE_INLINE_LAMBDA { multiply_bf16_tiles<i, kEntryTile + e, kRowTile + r>(); });
@@ -168,6 +200,11 @@ class TileProduct {
     each_sum([&](auto i, auto e, auto r) QTALE_INLINE_LAMBDA {
       store_tile_sums<i>(sums + e * kTileRows * kPanelRows + r * kTileRows, kStride);
     });
+  }
+
+  QTALE_INLINE static void ask(const std::uint16_t* lines, std::int64_t stride) {
+    const char* at = reinterpret_cast<const char*>(lines);
+    for (int i = 0; i < kTileRows; ++i, at += stride) __builtin_prefetch(at, 0, 2);
   }
 
   const ProjectArgs& a_;
