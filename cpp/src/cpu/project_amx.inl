@@ -14,10 +14,10 @@ constexpr std::int64_t kTileDepth = kTileLine / 2;    // numbers of a tile's lin
 constexpr std::int64_t kTileEntries = 2 * kTileRows;  // that are multiplied at once
 constexpr std::int64_t kPanelRows = 2 * kTileRows;    // of x, likewise
 constexpr std::int64_t kPanelSums = kTileEntries * kPanelRows;
-constexpr std::int64_t kFewLanes = 4;                          // rows of x that have narrow tiles
-constexpr std::int64_t kSharedSteps = 8, kStreamedSteps = 32;  // tiles of the depth that wait for all rows
-constexpr std::int64_t kAheadSteps = 16;                       // that few rows ask for in advance
-constexpr int kEntryTile = 4, kRowTile = 6;                    // the first of two; those before hold sums
+constexpr std::int64_t kFewLanes = 4;     // rows of x that have narrow tiles
+constexpr std::int64_t kSharedSteps = 8;  // tiles of the depth that L1 keeps while all rows meet them
+constexpr std::int64_t kTileNumbers = kTileBytes / 2;
+constexpr int kEntryTile = 4, kRowTile = 6;  // the first of two; those before hold sums
 
 // Rows of x in panels [steps][tiles][16 pairs][lanes] of pairs, zeros behind the last row and number.
 struct TilePanels {
@@ -27,6 +27,7 @@ struct TilePanels {
       : steps((depth + kTileDepth - 1) / kTileDepth),
         tiles(rows > kTileRows ? 2 : 1),
         lanes(rows > kFewLanes ? kTileRows : kFewLanes) {}
+  std::int64_t line() const { return lanes * std::int64_t{sizeof(float)}; }  // bytes
   std::int64_t tile_pairs() const { return kTileRows * lanes; }
   std::int64_t panel_pairs() const { return steps * tiles * tile_pairs(); }
 };
@@ -69,16 +70,27 @@ inline void pack_row_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_
       }
 }
 
-// Entries [begin, end) times all rows: 32 entries at a time, whose numbers are copied to tiles for some steps of the
-// depth, as many as L1 keeps while all rows meet them.
+inline TileShapes product_shapes(const TilePanels& x) {
+  TileShapes shapes;
+  if (x.lanes < kTileRows)
+    for (const int tile : {0, 1, 2, 3, kRowTile, kRowTile + 1}) shapes.set(tile, kTileRows, 4 * x.lanes);
+  return shapes;
+}
+
+template <class E>
+const typename E::T* entry_at(const ProjectArgs& a, std::int64_t entry, std::int64_t step) {
+  return static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride + step * kTileDepth;
+}
+
+// Entries times all rows: 32 entries at a time, whose numbers are copied to tiles for some steps of
+// the depth.
 template <class E, class Sink>
-class TileProduct {
+class ManyRowTiles {
  public:
-  TileProduct(const ProjectArgs& a, std::byte* scratch, const Sink& sink)
+  ManyRowTiles(const ProjectArgs& a, std::byte* scratch, const Sink& sink)
       : a_(a),
         sink_(sink),
         x_(a.rows, a.depth),
-        block_(a.rows > kPanelRows ? kSharedSteps : kStreamedSteps),
         entries_(reinterpret_cast<std::uint16_t*>(scratch)),
         sums_(reinterpret_cast<float*>(scratch + kEntryBytes)) {}
 
@@ -88,63 +100,36 @@ class TileProduct {
   }
 
   void run(std::int64_t begin, std::int64_t end) const {
-    const TilesInUse tiles(shapes());
+    const TilesInUse tiles(product_shapes(x_));
     for (; begin < end; begin += kTileEntries) run_group(begin, min64(kTileEntries, end - begin));
   }
 
  private:
-  static constexpr std::size_t kEntryBytes = 2 * kStreamedSteps * kTileBytes;
-
-  TileShapes shapes() const {
-    TileShapes shapes;
-    if (x_.lanes < kTileRows)
-      for (const int tile : {0, 1, 2, 3, kRowTile, kRowTile + 1}) shapes.set(tile, kTileRows, 4 * x_.lanes);
-    return shapes;
-  }
-
-  const typename E::T* at(std::int64_t entry, std::int64_t step) const {
-    return static_cast<const typename E::T*>(a_.matrix.data) + entry * a_.matrix.stride + step * kTileDepth;
-  }
+  static constexpr std::size_t kEntryBytes = 2 * kSharedSteps * kTileBytes;
 
   void run_group(std::int64_t entry, std::int64_t count) const {
-    const std::int64_t streamed = stream_entries(entry, count);
-    for (std::int64_t step = streamed; step < x_.steps || step == streamed; step += block_) {
-      const std::int64_t steps = min64(block_, x_.steps - step);
+    for (std::int64_t step = 0; step < x_.steps || step == 0; step += kSharedSteps) {
+      const std::int64_t steps = min64(kSharedSteps, x_.steps - step);
       const bool last = step + steps >= x_.steps;
-      copy_entries(entry, count, step, steps, last ? at(entry + kTileEntries, 0) : at(entry, step + steps));
+      const auto* next = last ? entry_at<E>(a_, entry + kTileEntries, 0) : entry_at<E>(a_, entry, step + steps);
+      copy_entries(entry, count, step, steps, next);
       float* sums = sums_;
-      for (std::int64_t row = 0; row < a_.rows; row += kPanelRows, sums += kPanelSums) {
+      const auto* x = reinterpret_cast<const float*>(a_.packed) + step * x_.tiles * x_.tile_pairs();
+      for (std::int64_t row = 0; row < a_.rows; row += kPanelRows, sums += kPanelSums, x += x_.panel_pairs()) {
         const std::int64_t rows = min64(kPanelRows, a_.rows - row);
-        const Lines lines{entries_, kTileLine, steps * (kTileBytes / 2), kTileBytes / 2};
-        multiply<false>({lines, lines, row, step, steps}, count, rows, sums);
+        multiply(count, rows, x, steps, step == 0, sums);
         if (last) sink_.template panel<2>(sums, entry, count, row, rows);
       }
     }
-  }
-
-  // Few rows wait for memory: entries are multiplied where they lie, for as many steps as are whole.
-  std::int64_t stream_entries(std::int64_t entry, std::int64_t count) const {
-    if constexpr (std::is_same_v<E, Bf16>) {
-      if (a_.rows > kPanelRows || count % kTileRows != 0) return 0;
-      const std::int64_t whole = a_.depth / kTileDepth, early = min64(kAheadSteps, whole);
-      const auto lines = [&](std::int64_t from, std::int64_t step) {
-        return Lines{at(from, step), a_.matrix.stride * 2, kTileRows * a_.matrix.stride, kTileDepth};
-      };
-      multiply<true>({lines(entry, 0), lines(entry, early), 0, 0, whole - early}, count, a_.rows, sums_);
-      multiply<true>({lines(entry, whole - early), lines(entry + kTileEntries, 0), 0, whole - early, early}, count,
-                     a_.rows, sums_);
-      return whole;
-    }
-    return 0;
   }
 
   // To [2][steps][16][32]. Asks for the same entries of what comes next.
   void copy_entries(std::int64_t entry, std::int64_t count, std::int64_t step, std::int64_t steps,
                     const typename E::T* next) const {
     for (std::int64_t e = 0; e < count; ++e, next += a_.matrix.stride) {
-      const typename E::T* from = at(entry + e, step);
+      const typename E::T* from = entry_at<E>(a_, entry + e, step);
       std::uint16_t* to = entries_ + (e / kTileRows * steps * kTileRows + e % kTileRows) * kTileDepth;
-      for (std::int64_t s = 0; s < steps; ++s, from += kTileDepth, to += kTileBytes / 2) {
+      for (std::int64_t s = 0; s < steps; ++s, from += kTileDepth, to += kTileNumbers) {
         for (std::int64_t i = 0; i < kTileDepth; i += 64 / std::int64_t{sizeof(*from)})
           __builtin_prefetch(next + s * kTileDepth + i, 0, 2);
         _mm512_store_ps(to, load_line<E>(from, a_.depth - (step + s) * kTileDepth));
@@ -152,48 +137,33 @@ class TileProduct {
     }
   }
 
-  // Tiles of entries in steps of the depth, all distances in numbers but the first, which is in bytes.
-  struct Lines {
-    const std::uint16_t* at;
-    std::int64_t line, tile, step;
-  };
-  struct Factors {
-    Lines entries, ahead;  // what is multiplied, and what is asked for meanwhile
-    std::int64_t row, step, steps;
-  };
-
-  template <bool Asks>
-  void multiply(const Factors& f, std::int64_t count, std::int64_t rows, float* sums) const {
+  void multiply(std::int64_t count, std::int64_t rows, const float* x, std::int64_t steps, bool begins,
+                float* sums) const {
     if (count > kTileRows) {
-      rows > kTileRows ? multiply_panel<2, 2, Asks>(f, sums) : multiply_panel<2, 1, Asks>(f, sums);
+      rows > kTileRows ? multiply_panel<2, 2>(x, steps, begins, sums) : multiply_panel<2, 1>(x, steps, begins, sums);
     } else {
-      rows > kTileRows ? multiply_panel<1, 2, Asks>(f, sums) : multiply_panel<1, 1, Asks>(f, sums);
+      rows > kTileRows ? multiply_panel<1, 2>(x, steps, begins, sums) : multiply_panel<1, 1>(x, steps, begins, sums);
     }
   }
 
-  template <int Entries, int Rows, bool Asks>
-  void multiply_panel(const Factors& f, float* sums) const {
+  template <int Entries, int Rows>
+  void multiply_panel(const float* x, std::int64_t steps, bool begins, float* sums) const {
     constexpr std::int64_t kStride = kPanelRows * std::int64_t{sizeof(float)};
     const auto each_sum = [&](auto&& fn) QTALE_INLINE_LAMBDA {
       unroll<Entries * Rows>([&](auto i) QTALE_INLINE_LAMBDA {
-        constexpr int kEntries = i / Rows, kRows = i % Rows;
-        fn(i, std::integral_constant<int, kEntries>{}, std::integral_constant<int, kRows>{});
+        constexpr int kEntry = i / Rows, kRow = i % Rows;
+        fn(i, std::integral_constant<int, kEntry>{}, std::integral_constant<int, kRow>{});
       });
     };
     each_sum([&](auto i, auto e, auto r) QTALE_INLINE_LAMBDA {
-      f.step == 0 ? zero_tile<i>() : load_tile<i>(sums + e * kTileRows * kPanelRows + r * kTileRows, kStride);
+      begins ? zero_tile<i>() : load_tile<i>(sums + e * kTileRows * kPanelRows + r * kTileRows, kStride);
     });
-    const auto* x = reinterpret_cast<const float*>(a_.packed) + f.row / kPanelRows * x_.panel_pairs() +
-                    f.step * x_.tiles * x_.tile_pairs();
-    const std::int64_t line = x_.lanes * std::int64_t{sizeof(float)};
-    Lines entries = f.entries, ahead = f.ahead;
-    for (std::int64_t s = 0; s < f.steps; ++s, entries.at += entries.step, x += x_.tiles * x_.tile_pairs()) {
+    const std::uint16_t* entries = entries_;
+    for (std::int64_t s = 0; s < steps; ++s, entries += kTileNumbers, x += x_.tiles * x_.tile_pairs()) {
       unroll<Entries>([&](auto e) QTALE_INLINE_LAMBDA {
-        load_tile<kEntryTile + e>(entries.at + e * entries.tile, entries.line);
-        if constexpr (Asks) ask(ahead.at + e * ahead.tile, ahead.line);
+        load_tile<kEntryTile + e>(entries + e * steps * kTileNumbers, kTileLine);
       });
-      if constexpr (Asks) ahead.at += ahead.step;
-      unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA { load_tile<kRowTile + r>(x + r * x_.tile_pairs(), line); });
+      unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA { load_tile<kRowTile + r>(x + r * x_.tile_pairs(), x_.line()); });
       each_sum([&](auto i, auto e, auto r)
                    QTALE_INLINE_LAMBDA { multiply_bf16_tiles<i, kEntryTile + e, kRowTile + r>(); });
     }
@@ -202,23 +172,67 @@ class TileProduct {
     });
   }
 
-  QTALE_INLINE static void ask(const std::uint16_t* lines, std::int64_t stride) {
-    const char* at = reinterpret_cast<const char*>(lines);
-    for (int i = 0; i < kTileRows; ++i, at += stride) __builtin_prefetch(at, 0, 2);
+  const ProjectArgs& a_;
+  const Sink& sink_;
+  TilePanels x_;
+  std::uint16_t* entries_;  // of some steps
+  float* sums_;             // [panels][kTileEntries][kPanelRows]
+};
+
+// Entries times the rows of one panel wait for memory, so they are multiplied where they lie: 16 at a time, one of each
+// of 16 streams, which hardware reads ahead as well.
+template <class Sink>
+class FewRowTiles {
+ public:
+  FewRowTiles(const ProjectArgs& a, std::byte* scratch, const Sink& sink)
+      : a_(a), sink_(sink), x_(a.rows, a.depth), sums_(reinterpret_cast<float*>(scratch)) {}
+
+  // Whole groups of [begin, end); returns where they end.
+  std::int64_t run(std::int64_t begin, std::int64_t end) const {
+    const TilesInUse tiles(product_shapes(x_));
+    const std::int64_t apart = (end - begin) / kTileRows;
+    for (std::int64_t i = 0; i < apart; ++i) {
+      x_.tiles == 2 ? multiply<2>(begin + i, apart) : multiply<1>(begin + i, apart);
+      for (std::int64_t e = 0; e < kTileRows; ++e)
+        sink_.template panel<2>(sums_ + e * kPanelRows, begin + i + e * apart, 1, 0, a_.rows);
+    }
+    return begin + apart * kTileRows;
+  }
+
+ private:
+  template <int Rows>
+  void multiply(std::int64_t entry, std::int64_t apart) const {
+    unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA { zero_tile<r>(); });
+    const auto* x = reinterpret_cast<const float*>(a_.packed);
+    const std::uint16_t* entries = entry_at<Bf16>(a_, entry, 0);
+    const std::int64_t stride = apart * a_.matrix.stride * 2;
+    for (std::int64_t s = 0; s < x_.steps; ++s, entries += kTileDepth) {
+      load_tile<kEntryTile>(entries, stride);
+      unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
+        load_tile<kRowTile + r>(x, x_.line());
+        multiply_bf16_tiles<r, kEntryTile, kRowTile + r>();
+        x += x_.tile_pairs();
+      });
+      const char* ahead = reinterpret_cast<const char*>(entries) + kAhead;
+      for (int i = 0; i < kTileRows; ++i, ahead += stride) __builtin_prefetch(ahead, 0, 2);
+    }
+    unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
+      store_tile_sums<r>(sums_ + r * kTileRows, kPanelRows * std::int64_t{sizeof(float)});
+    });
   }
 
   const ProjectArgs& a_;
   const Sink& sink_;
   TilePanels x_;
-  std::int64_t block_;      // steps
-  std::uint16_t* entries_;  // of some steps
-  float* sums_;             // [panels][kTileEntries][kPanelRows]
+  float* sums_;  // [16][kPanelRows]
 };
 
 template <class Sink>
 void run_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Sink& sink) {
+  const bool few = a.rows <= kPanelRows && a.matrix.dtype == DType::bf16 && a.depth % kTileDepth == 0;
+  if (few) begin = FewRowTiles<Sink>(a, scratch, sink).run(begin, end);
   with_type(a.matrix.dtype,
-            [&](auto element) { TileProduct<decltype(element), Sink>(a, scratch, sink).run(begin, end); });
+            [&](auto element) { ManyRowTiles<decltype(element), Sink>(a, scratch, sink).run(begin, end); });
 }
 inline void find_in_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch,
                           Candidates& c) {
@@ -230,7 +244,7 @@ inline void store_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t e
 }
 
 constexpr ProjectKernel tile_kernel = {
-    tile_packed_bytes, pack_row_tiles, TileProduct<Bf16, Store>::scratch_bytes, find_in_tiles, store_tiles, kPanelRows,
+    tile_packed_bytes, pack_row_tiles, ManyRowTiles<Bf16, Store>::scratch_bytes, find_in_tiles, store_tiles, kPanelRows,
     kTileEntries,      kTileEntries,
 };
 
