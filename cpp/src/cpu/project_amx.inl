@@ -94,6 +94,7 @@ class ManyRowTiles {
         entries_(reinterpret_cast<std::uint16_t*>(scratch)),
         sums_(reinterpret_cast<float*>(scratch + kEntryBytes)) {}
 
+  static constexpr std::size_t kEntryBytes = 2 * kSharedSteps * kTileBytes;
   static std::size_t scratch_bytes(std::int64_t rows) {
     const std::int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
     return kEntryBytes + static_cast<std::size_t>(panels * kPanelSums) * sizeof(float);
@@ -105,8 +106,6 @@ class ManyRowTiles {
   }
 
  private:
-  static constexpr std::size_t kEntryBytes = 2 * kSharedSteps * kTileBytes;
-
   void run_group(std::int64_t entry, std::int64_t count) const {
     for (std::int64_t step = 0; step < x_.steps || step == 0; step += kSharedSteps) {
       const std::int64_t steps = min64(kSharedSteps, x_.steps - step);
@@ -179,13 +178,17 @@ class ManyRowTiles {
   float* sums_;             // [panels][kTileEntries][kPanelRows]
 };
 
-// Entries times the rows of one panel wait for memory, so they are multiplied where they lie: 16 at a time, one of each
-// of 16 streams, which hardware reads ahead as well.
-template <class Sink>
+// Entries times the rows of one panel wait for memory: 16 at a time, one of each of 16 streams, which hardware reads
+// ahead as well. With Direct they are multiplied where they lie, else from a ring of tiles.
+template <class E, class Sink, bool Direct>
 class FewRowTiles {
  public:
   FewRowTiles(const ProjectArgs& a, std::byte* scratch, const Sink& sink)
-      : a_(a), sink_(sink), x_(a.rows, a.depth), sums_(reinterpret_cast<float*>(scratch)) {}
+      : a_(a),
+        sink_(sink),
+        x_(a.rows, a.depth),
+        ring_(reinterpret_cast<std::uint16_t*>(scratch)),
+        sums_(reinterpret_cast<float*>(scratch + kRing * kTileBytes)) {}
 
   // Whole groups of [begin, end); returns where they end.
   std::int64_t run(std::int64_t begin, std::int64_t end) const {
@@ -200,39 +203,79 @@ class FewRowTiles {
   }
 
  private:
+  static constexpr std::int64_t kRing = 4;  // tiles: one is read long after it was written
+  static_assert(kRing * kTileBytes + kTileRows * kPanelRows * 4 <= ManyRowTiles<E, Sink>::kEntryBytes);
+
+  // Steps of 16 entries that lie `apart`.
+  struct Entries {
+    const typename E::T* at;
+    std::int64_t apart;  // numbers
+  };
+
   template <int Rows>
   void multiply(std::int64_t entry, std::int64_t apart) const {
     unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA { zero_tile<r>(); });
     const auto* x = reinterpret_cast<const float*>(a_.packed);
-    const std::uint16_t* entries = entry_at<Bf16>(a_, entry, 0);
-    const std::int64_t stride = apart * a_.matrix.stride * 2;
-    for (std::int64_t s = 0; s < x_.steps; ++s, entries += kTileDepth) {
-      load_tile<kEntryTile>(entries, stride);
+    const Entries entries{entry_at<E>(a_, entry, 0), apart * a_.matrix.stride};
+    if constexpr (!Direct)
+      for (std::int64_t s = 0; s < kRing - 1; ++s) copy(entries, s);
+    for (std::int64_t s = 0; s < x_.steps; ++s) {
+      if constexpr (Direct) {
+        load_tile<kEntryTile>(entries.at + s * kTileDepth, 2 * entries.apart);
+        ask(entries, s);
+      } else {
+        copy(entries, s + kRing - 1);
+        load_tile<kEntryTile>(ring_ + s % kRing * kTileNumbers, kTileLine);
+      }
       unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
         load_tile<kRowTile + r>(x, x_.line());
         multiply_bf16_tiles<r, kEntryTile, kRowTile + r>();
         x += x_.tile_pairs();
       });
-      const char* ahead = reinterpret_cast<const char*>(entries) + kAhead;
-      for (int i = 0; i < kTileRows; ++i, ahead += stride) __builtin_prefetch(ahead, 0, 2);
     }
     unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
       store_tile_sums<r>(sums_ + r * kTileRows, kPanelRows * std::int64_t{sizeof(float)});
     });
   }
 
+  void copy(const Entries& entries, std::int64_t step) const {
+    if (step >= x_.steps) return;
+    const typename E::T* from = entries.at + step * kTileDepth;
+    std::uint16_t* const to = ring_ + step % kRing * kTileNumbers;
+    const std::int64_t depth = a_.depth - step * kTileDepth;
+    ask(entries, step);
+    for (int e = 0; e < kTileRows; ++e, from += entries.apart)
+      _mm512_store_ps(to + e * kTileDepth, load_line<E>(from, depth));
+  }
+
+  static void ask(const Entries& entries, std::int64_t step) {
+    const auto* ahead = reinterpret_cast<const char*>(entries.at + step * kTileDepth) + kAhead;
+    const std::int64_t apart = entries.apart * std::int64_t{sizeof(*entries.at)};
+    for (int e = 0; e < kTileRows; ++e, ahead += apart)
+      for (std::int64_t i = 0; i < kTileDepth * std::int64_t{sizeof(*entries.at)}; i += 64)
+        __builtin_prefetch(ahead + i, 0, 2);
+  }
+
   const ProjectArgs& a_;
   const Sink& sink_;
   TilePanels x_;
+  std::uint16_t* ring_;
   float* sums_;  // [16][kPanelRows]
 };
 
+template <class E, class Sink>
+void run_tiles_of(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Sink& sink) {
+  if (a.rows <= kPanelRows) {
+    const bool direct = std::is_same_v<E, Bf16> && a.depth % kTileDepth == 0;
+    if constexpr (std::is_same_v<E, Bf16>)
+      if (direct) begin = FewRowTiles<E, Sink, true>(a, scratch, sink).run(begin, end);
+    if (!direct) begin = FewRowTiles<E, Sink, false>(a, scratch, sink).run(begin, end);
+  }
+  ManyRowTiles<E, Sink>(a, scratch, sink).run(begin, end);
+}
 template <class Sink>
 void run_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Sink& sink) {
-  const bool few = a.rows <= kPanelRows && a.matrix.dtype == DType::bf16 && a.depth % kTileDepth == 0;
-  if (few) begin = FewRowTiles<Sink>(a, scratch, sink).run(begin, end);
-  with_type(a.matrix.dtype,
-            [&](auto element) { ManyRowTiles<decltype(element), Sink>(a, scratch, sink).run(begin, end); });
+  with_type(a.matrix.dtype, [&](auto element) { run_tiles_of<decltype(element), Sink>(a, begin, end, scratch, sink); });
 }
 inline void find_in_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch,
                           Candidates& c) {
