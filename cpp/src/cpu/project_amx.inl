@@ -17,6 +17,7 @@ constexpr std::int64_t kPanelSums = kTileEntries * kPanelRows;
 constexpr std::int64_t kFewLanes = 4;     // rows of x that have narrow tiles
 constexpr std::int64_t kSharedSteps = 8;  // tiles of the depth that L1 keeps while all rows meet them
 constexpr std::int64_t kTileNumbers = kTileBytes / 2;
+constexpr std::int64_t kTileAhead = 512;     // bytes of each stream that are asked for in advance
 constexpr int kEntryTile = 4, kRowTile = 6;  // the first of two; those before hold sums
 
 // Rows of x in panels [steps][tiles][16 pairs][lanes] of pairs, zeros behind the last row and number.
@@ -249,11 +250,11 @@ class FewRowTiles {
   }
 
   static void ask(const Entries& entries, std::int64_t step) {
-    const auto* ahead = reinterpret_cast<const char*>(entries.at + step * kTileDepth) + kAhead;
+    const auto* ahead = reinterpret_cast<const char*>(entries.at + step * kTileDepth) + kTileAhead;
     const std::int64_t apart = entries.apart * std::int64_t{sizeof(*entries.at)};
     for (int e = 0; e < kTileRows; ++e, ahead += apart)
       for (std::int64_t i = 0; i < kTileDepth * std::int64_t{sizeof(*entries.at)}; i += 64)
-        __builtin_prefetch(ahead + i, 0, 2);
+        __builtin_prefetch(ahead + i);
   }
 
   const ProjectArgs& a_;
