@@ -75,6 +75,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("cpu_isas", cpu_isas);
   module.def("cpu_isa", cpu_isa);
   module.def("has_bfloat16", has_bfloat16);
+  module.def("has_tiles", has_tiles);
   module.def("set_cpu_isa", set_cpu_isa);
   module.def("num_threads", num_threads);
   module.def("set_num_threads", set_num_threads);

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ISA_SUFFIXES = ("_avx2.cpp", "_avx512.cpp", "_avx512_bf16.cpp", "_amx.cpp")
+ISA_SUFFIXES = ("_avx2.cpp", "_avx512.cpp", "_avx512_bf16.cpp", "_amx.cpp", "_amx_bf16.cpp")
 LOCAL_KINDS = frozenset("tbrdUN")  # nm prints local symbols in lower case; U needs another object
 TABLE_SUFFIXES = ("_table", "_limits")
 

@@ -105,9 +105,10 @@ def test_a_process_takes_what_was_predicted(demo_model: Path, small: Path, plan:
     needs = needed(shape_of_folder(open_folder(demo_model)), plan.spec_of, context=CONTEXT, batch=BATCH)
     found = measured("torch", small, mixed, CONTEXT, MALLOC_MMAP_THRESHOLD_="65536")
     assert found["loaded"] == pytest.approx(needs.weights, rel=0.03)
-    # torch's own kernels hold some MiB more on some CPUs, whatever the model.
-    assert found["peak"] == pytest.approx(needs.total, rel=0.03, abs=8 << 20)
-    assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12, abs=8 << 20)
+    # On CPUs with AMX torch's own kernels hold some MiB more, whatever the model.
+    more = 8 << 20 if "amx_tile" in Path("/proc/cpuinfo").read_text() else 0
+    assert found["peak"] == pytest.approx(needs.total, rel=0.03, abs=more)
+    assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12, abs=more)
     # With the allocator's own settings its heap keeps gaps during a run, but what stays is the same.
     assert measured("torch", small, mixed, 0)["loaded"] == pytest.approx(needs.weights, rel=0.03)
 

@@ -26,7 +26,6 @@ using Projection = std::vector<Matrix>;
 // residual that enters the layer. Two logits execute with the probability softmax(logits)[1], one with sigmoid(logit).
 struct Router {
   TensorView w1;                    // [h, hidden] or [1, hidden] f32
-  std::optional<TensorView> bf16;   // w1 rounded; the decoder makes it
   std::optional<TensorView> bias1;  // [h] or [1] f32
   std::optional<TensorView> norm;   // [h] f32
   std::optional<TensorView> w2;     // [2, h] f32

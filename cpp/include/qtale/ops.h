@@ -52,8 +52,8 @@ struct PrepackedInfo {
 // Bytes of the layout that the CPU kernels in use read.
 std::int64_t prepacked_bytes(const PrepackedInfo& info);
 // codes [out, in] s8, scale [out, groups], zero_point [out, groups] s8 or nullptr -> buffer [prepacked_bytes] u8.
-// Groups are multiples of 32 inputs, or one per row. Codes and zero points are in [-2^(num_bits - 1), 2^(num_bits -
-// 1)).
+// Groups are multiples of 32 inputs, or one per row. Codes and zero points are in
+// [-2^(num_bits - 1), 2^(num_bits - 1)).
 void prepack(const TensorView& codes, const TensorView& scale, const TensorView* zero_point, int num_bits,
              const TensorView& buffer);
 // Reads and checks the header of a prepacked buffer.

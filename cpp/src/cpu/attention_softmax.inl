@@ -4,13 +4,12 @@
 #include <cfloat>
 #include <limits>
 
+#include "core/integers.h"
 #include "cpu/attention_tile.inl"
 #include "cpu/exp.inl"
 
 namespace qtale::cpu::attending {
 namespace {
-
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
 
 // Entries of a chunk that a query sees.
 struct Range {

@@ -141,7 +141,7 @@ extern const DecoderKernels generic_decoder_table;
 extern const DecoderKernels avx2_decoder_table;
 extern const DecoderKernels avx512_decoder_table;
 extern const RoundedKernels avx512_bf16_rounded_table;
-extern const AttentionKernel avx512_amx_attention;  // in place of that one's where the CPU has AMX
+extern const AttentionKernel avx512_amx_attention_table;  // in place of that one's where the CPU has AMX
 #endif
 
 // Where the values of a KV head begin within its part of a page, and how long that part is, in bytes. Keys come first;

@@ -40,7 +40,7 @@ const KernelTable& avx512_bf16_table() {
 const KernelTable& avx512_amx_table() {
   static const DecoderKernels decoder = [] {
     DecoderKernels same = *avx512_bf16_table().decoder;
-    same.rounded.attention = avx512_amx_attention;
+    same.rounded.attention = avx512_amx_attention_table;
     return same;
   }();
   static const KernelTable table = [] {
@@ -49,6 +49,7 @@ const KernelTable& avx512_amx_table() {
     same.int8 = avx512_amx_int8_table;
     same.bf16_project = &avx512_amx_project_table;
     same.decoder = &decoder;
+    same.tiles = true;
     return same;
   }();
   return table;
@@ -133,6 +134,8 @@ std::vector<std::string> cpu_isas() {
 std::string cpu_isa() { return cpu::kernels().name; }
 
 bool has_bfloat16() { return cpu::kernels().bf16_project != nullptr; }
+
+bool has_tiles() { return cpu::kernels().tiles; }
 
 void set_cpu_isa(const std::string& name) { cpu::current() = cpu::find(name); }
 

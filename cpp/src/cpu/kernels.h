@@ -155,6 +155,7 @@ struct KernelTable {
   void (*scatter_add_rows)(const ScatterArgs&, std::int64_t begin, std::int64_t end);
   const DecoderKernels* decoder;
   const SolveKernels* solve;
+  bool tiles = false;  // whether products of many rows are made in tiles, of which activations have a form of their own
 };
 
 // Scalar: the specification of every kernel and the oracle of the tests. Reads the 16-row layout.

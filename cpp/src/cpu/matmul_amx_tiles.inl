@@ -1,6 +1,7 @@
 // What AMX reads: activations cut into tiles, and part of a panel with its codes as bytes and its scales as floats.
 #pragma once
 
+#include "core/integers.h"
 #include "cpu/amx.inl"
 #include "cpu/codes_avx512.inl"
 
@@ -17,8 +18,6 @@ inline TileShapes tile_shapes(std::int64_t step_k) {
   for (const int codes : {6, 7}) shapes.set(codes, step_k / 4, kTileLine);
   return shapes;
 }
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // From so many rows on tiles are faster than registers; later where much has to be unpacked or scaled.
 inline std::int64_t fewest_rows(const Layout& l) {

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "core/integers.h"
 #include "cpu/kernels.h"
 
 namespace qtale::cpu {
-
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Rows of x that one pass over the matrix takes, in whole tiles: bounds the memory.
 std::int64_t rows_per_pass(const ProjectKernel& kernel, std::int64_t rows);

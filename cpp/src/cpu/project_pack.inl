@@ -6,6 +6,7 @@
 // reduce_add adds up, and the blocks one after the other.
 #pragma once
 
+#include "core/integers.h"
 #include "cpu/kernels.h"
 #include "cpu/project_lane.inl"
 #include "cpu/quad.h"
@@ -22,8 +23,6 @@ constexpr int kFewTile = 6;                               // rows
 constexpr int kStreamRows = kWidth >= 16 ? kFewTile : 2;  // that have the registers for four streams
 constexpr int kHalvings = kWidth == 16 ? 4 : 3;
 static_assert(kWidth == 1 << kHalvings);
-
-inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b * b; }
 
 // Depth in equal blocks of whole vectors; the same for every number of rows.
 inline std::int64_t block_depth(std::int64_t depth) {

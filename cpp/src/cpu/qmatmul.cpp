@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/integers.h"
 #include "core/text.h"
 #include "cpu/backend.h"
 #include "cpu/isa.h"
@@ -15,8 +16,6 @@ namespace {
 constexpr std::int64_t kPrepareGrain = 65536;  // activation elements worth a second thread
 constexpr std::int64_t kRunGrain = 262144;     // multiply-adds worth a second thread
 constexpr std::int64_t kLeastShare = 4;        // ranges of a product that is worth it may be this much shorter
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 Prepacked open(const QmatmulPart& part, const KernelTable& table) {
   const Prepacked weight = open_prepacked(part.buffer, part.bytes);

@@ -24,14 +24,13 @@ using engine::Sequence;
 
 constexpr std::int64_t kScoredRows = 64;  // logits kept at a time
 
-using Rounded = std::vector<std::vector<std::uint16_t>>;  // matrices of routers
-
 }  // namespace
 
 class Decoder::Impl {
  public:
   explicit Impl(DecoderSpec given)
-      : spec(checked(std::move(given), rounded)),
+      : spec(checked(std::move(given))),
+        routers(routers_of(spec)),
         sequences(kv_page_bytes(spec.num_kv_heads, spec.head_dim, spec.kv_dtype), spec.layers.size()) {}
 
   // Runs all layers; returns the wanted rows after the last norm.
@@ -41,8 +40,8 @@ class Decoder::Impl {
   void score_rows(const TensorView& x, std::span<const std::int64_t> row_of, std::span<const std::int32_t> targets,
                   std::span<Score> out);
 
-  Rounded rounded;  // what `spec` points into beside what was given
   const DecoderSpec spec;
+  const std::vector<std::optional<engine::LayerRouter>> routers;  // of each layer, into `spec`
   engine::Sequences sequences;
   float theta = 0.5F;
   std::int64_t forced = 2;
@@ -51,11 +50,15 @@ class Decoder::Impl {
   CallReport report;
 
  private:
-  static DecoderSpec checked(DecoderSpec spec, Rounded& rounded) {
+  static DecoderSpec checked(DecoderSpec spec) {
     engine::check_spec(spec);
-    for (DecoderLayer& layer : spec.layers)
-      if (layer.router) rounded.push_back(engine::round_matrix(*layer.router, engine::rounding_of(spec, layer)));
     return spec;
+  }
+  static std::vector<std::optional<engine::LayerRouter>> routers_of(const DecoderSpec& spec) {
+    std::vector<std::optional<engine::LayerRouter>> routers(spec.layers.size());
+    for (std::size_t i = 0; i < routers.size(); ++i)
+      if (spec.layers[i].router) routers[i].emplace(*spec.layers[i].router, engine::rounding_of(spec, spec.layers[i]));
+    return routers;
   }
 
   static void score_some(const TensorView& logits, std::int64_t first, std::span<const std::int64_t> row_of,
@@ -171,11 +174,10 @@ void Decoder::Impl::run_layer(std::size_t index, const Batch& batch, std::span<c
 }
 
 std::vector<std::int32_t> Decoder::Impl::executed_rows(std::size_t index, const Batch& batch, const TensorView& x) {
-  const std::optional<Router>& router = spec.layers[index].router;
+  const std::optional<engine::LayerRouter>& router = routers[index];
   if (depth) return (*depth)[index] ? batch.all : std::vector<std::int32_t>{};
   if (!router) return batch.all;
-  const std::vector<float> probabilities =
-      engine::execution_probabilities(*router, x, engine::rounding_of(spec, spec.layers[index]), workspace_);
+  const std::vector<float> probabilities = router->execution_probabilities(x, workspace_);
   std::vector<std::int32_t> rows;
   for (std::size_t r = 0; r < probabilities.size(); ++r)
     if (batch.positions[r] < forced || probabilities[r] >= theta) rows.push_back(static_cast<std::int32_t>(r));
@@ -276,7 +278,7 @@ const CallReport& Decoder::report() const { return impl_->report; }
 
 std::int64_t Decoder::router_bytes() const {
   std::int64_t bytes = 0;
-  for (const DecoderLayer& layer : impl_->spec.layers) bytes += layer.router ? engine::bytes_of(*layer.router) : 0;
+  for (const auto& router : impl_->routers) bytes += router ? router->bytes() : 0;
   return bytes;
 }
 

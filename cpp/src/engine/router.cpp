@@ -22,37 +22,36 @@ Compute compute_of(Compute rounding, std::int64_t hidden_size) {
 
 }  // namespace
 
-std::vector<std::uint16_t> round_matrix(Router& router, Compute rounding) {
-  if (compute_of(rounding, router.w1.shape[1]) != Compute::bfloat16) return {};
+LayerRouter::LayerRouter(const Router& router, Compute rounding)
+    : router_(&router), rounding_(rounding), matrix_(router.w1) {
   const std::int64_t rows = router.w1.shape[0], hidden = router.w1.shape[1];
-  std::vector<std::uint16_t> values(static_cast<std::size_t>(rows * hidden));
-  for (std::int64_t r = 0; r < rows; ++r)
-    std::transform(router.w1.as<float>() + r * router.w1.strides[0],
-                   router.w1.as<float>() + r * router.w1.strides[0] + hidden, values.begin() + r * hidden,
-                   float_to_bf16);
-  router.bf16 = TensorView::matrix(values.data(), DType::bf16, rows, hidden);
-  return values;
+  if (compute_of(rounding, hidden) != Compute::bfloat16) return;
+  rounded_.resize(static_cast<std::size_t>(rows * hidden));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const float* from = router.w1.as<float>() + r * router.w1.strides[0];
+    std::transform(from, from + hidden, rounded_.begin() + r * hidden, float_to_bf16);
+  }
+  matrix_ = TensorView::matrix(rounded_.data(), DType::bf16, rows, hidden);
 }
 
-std::int64_t bytes_of(const Router& router) {
+std::int64_t LayerRouter::bytes() const {
   const auto size = [](const std::optional<TensorView>& part) {
     return part ? part->numel() * size_of(part->dtype) : 0;
   };
-  return size(router.bf16 ? router.bf16 : router.w1) + size(router.bias1) + size(router.norm) + size(router.w2) +
-         size(router.bias2);
+  const Router& r = *router_;
+  return size(matrix_) + size(r.bias1) + size(r.norm) + size(r.w2) + size(r.bias2);
 }
 
-std::vector<float> execution_probabilities(const Router& router, const TensorView& x, Compute rounding,
-                                           Workspace& workspace) {
+std::vector<float> LayerRouter::execution_probabilities(const TensorView& x, Workspace& workspace) const {
+  const Router& router = *router_;
   const std::int64_t rows = x.shape[0], width = router.w1.shape[0];
   const bool single = !router.w2;
   // silu_mul multiplies with a second half, which is all ones here.
   const TensorView memory = workspace.matrix(Buffer::router, rows, 2 * width + 2);
   const TensorView hidden = columns(memory, 0, width), logits = columns(memory, 2 * width, 2);
   // Asked anew, because the kernels in use may be others than when the decoder was made.
-  const Compute compute = compute_of(rounding, x.shape[1]);
-  const bool rounded = compute == Compute::bfloat16 && router.bf16;
-  matmul(x, rounded ? *router.bf16 : router.w1, pointer(router.bias1), hidden, compute);
+  const Compute compute = compute_of(rounding_, x.shape[1]);
+  matmul(x, compute == Compute::bfloat16 ? matrix_ : router.w1, pointer(router.bias1), hidden, compute);
   if (!single) {
     if (router.norm) rms_norm(hidden, *router.norm, router.norm_eps, hidden);
     for (std::int64_t r = 0; r < rows; ++r)

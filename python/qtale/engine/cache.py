@@ -125,8 +125,7 @@ def _read_summed(shard: Shard, target: npt.NDArray[np.uint8]) -> str:
     """Read the tensor into ``target`` over all threads and return its sums."""
     offset = shard.tensors[_TENSOR].start
     starts = range(0, target.size, _STRETCH)
-    count = _core.num_threads()
-    with shard.path.open("rb", buffering=0) as file, ThreadPoolExecutor(count) as threads:
+    with shard.path.open("rb", buffering=0) as file:
 
         def read(start: int) -> list[int]:
             return [
@@ -134,7 +133,10 @@ def _read_summed(shard: Shard, target: npt.NDArray[np.uint8]) -> str:
                 for at in range(start, min(start + _STRETCH, target.size), _PIECE)
             ]
 
-        return _digest(list(chain.from_iterable((threads.map if count > 1 else map)(read, starts))))
+        if (count := _core.num_threads()) == 1:
+            return _digest(list(chain.from_iterable(map(read, starts))))
+        with ThreadPoolExecutor(count) as threads:
+            return _digest(list(chain.from_iterable(threads.map(read, starts))))
 
 
 def _read_piece(file: io.FileIO, offset: int, piece: npt.NDArray[np.uint8]) -> int:

@@ -85,8 +85,7 @@ def _engine_workspace(shape: ModelShape, context: int, batch: int) -> int:
 
 
 def _codes(shape: ModelShape) -> int:
-    # AMX keeps them once more, cut into tiles.
-    forms = 2 if _core.cpu_isa() == "avx512_amx" else 1
+    forms = 2 if _core.has_tiles() else 1
     return forms * shape.intermediate_width + 4 * shape.intermediate_width // _ACTIVATION_GROUP
 
 
