@@ -22,7 +22,6 @@ OBJECTS = (
     "decoder_avx512.cpp",
     "decoder_avx512_bf16.cpp",
     "kernels_amx.cpp",
-    "kernels_amx_bf16.cpp",
     "kernels_avx2.cpp",
     "kernels_avx512.cpp",
     "kernels_avx512_bf16.cpp",

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "attention_oracle.h"
 #include "catch.h"
 #include "matmul_oracle.h"
 
@@ -126,16 +127,31 @@ TEST_CASE("amx: any number of threads and of rows gives the bits of AVX-512, and
 }
 
 #ifdef __x86_64__
-TEST_CASE("amx: a product leaves no tile registers in use", "[amx]") {
+TEST_CASE("amx: neither products nor attention leave tile registers in use", "[amx]") {
   if (!has_amx()) return;
   Random random(84);
   const IsaScope scope("avx512_amx");
   const ThreadScope pool(1);
+  const auto in_use = [] {
+    unsigned low = 0, high = 0;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+    return (low & (3u << 17)) != 0;
+  };
   auto buffer = prepacked(random_weight(random, {64, 128, 1, 8, true, DType::f16}));
   multiply(buffer, normal_activations(random, DType::f32, 64, 128), 64, 64);
-  unsigned in_use = 0, high = 0;
-  asm volatile("xgetbv" : "=a"(in_use), "=d"(high) : "c"(1));
-  CHECK((in_use & (3u << 17)) == 0);
+  CHECK(!in_use());
+  for (const std::int64_t rows : {1, 40}) {
+    const Floats x = normal_floats(random, DType::f32, rows * 64), weight = normal_floats(random, DType::bf16, 50 * 64);
+    Floats y(DType::f32, rows * 50);
+    matmul(x.matrix(rows, 64), weight.matrix(50, 64), nullptr, y.matrix(rows, 50), Compute::bfloat16);
+    CHECK(!in_use());
+  }
+  Cache cache(100, 1, 64, DType::s8);
+  cache.fill(random);
+  Attending attending{2, 64, 0.125f, {}, {}, {}, {}, {}};
+  add_causal(attending, random, cache, 20, 0);
+  attending.run();
+  CHECK(!in_use());
 }
 #endif
 

@@ -22,21 +22,15 @@ class TileShapes {
     config_[16 + 2 * tile] = static_cast<std::uint8_t>(line);
     config_[48 + tile] = static_cast<std::uint8_t>(rows);
   }
-  void load() const { asm volatile("ldtilecfg (%0)" : : "r"(config_) : "memory"); }
+  // Puts the tile registers of the calling thread into use, with zeros.
+  void use() const { asm volatile("ldtilecfg (%0)" : : "r"(config_) : "memory"); }
 
  private:
   alignas(64) std::uint8_t config_[64] = {1};  // palette
 };
 
-// Tile registers of the calling thread, put out of use at the end: no other code finds them configured, and switches
-// between threads have nothing of them to save.
-class TilesInUse {
- public:
-  explicit TilesInUse(const TileShapes& shapes) { shapes.load(); }
-  ~TilesInUse() { asm volatile("tilerelease"); }
-  TilesInUse(const TilesInUse&) = delete;
-  TilesInUse& operator=(const TilesInUse&) = delete;
-};
+// Puts them out of use: no other code finds them configured, and switches between threads have nothing of them to save.
+inline void release_tiles() { asm volatile("tilerelease"); }
 
 template <int Tile>
 QTALE_INLINE void load_tile(const void* from, std::int64_t stride) {

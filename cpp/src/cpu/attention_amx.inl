@@ -45,12 +45,13 @@ class TileSpan : BlockSpan<E> {
   void run() {
     state_.clear(count_);
     if (begin_ >= end_) return;
-    const TilesInUse tiles(attention_shapes(a_));
+    attention_shapes(a_).use();
     for (std::int64_t at = begin_ / kChunk * kChunk; at < end_; at += kChunk) {
       set_ranges(at);
       at_ = at;
       run_chunk();
     }
+    release_tiles();
   }
 
  private:
@@ -80,10 +81,10 @@ class TileSpan : BlockSpan<E> {
       if constexpr (Int8Keys) {
         scales_[p] = reinterpret_cast<const float*>(bytes_of(pages_[p]) + kPageTokens * depth);
       } else {
-        tile_keys<E>(pages_[p], depth, w_.query_bytes / 2, w_.keys + p * kPageTokens * w_.query_bytes / 2);
+        keys_to_tiles<E>(pages_[p], depth, w_.query_bytes / 2, w_.keys + p * kPageTokens * w_.query_bytes / 2);
       }
       ahead_.ask_early();
-      tile_page_values<E>(pages_[p] + values_at_, depth, w_.values + p * kPageTokens / 2 * kTilePairs);
+      values_to_tiles<E>(pages_[p] + values_at_, depth, w_.values + p * kPageTokens / 2 * kTilePairs);
     }
     const auto within = [&](std::int64_t entry) {
       return static_cast<std::int32_t>(entry < at_ ? 0 : entry > at_ + kChunk ? kChunk : entry - at_);
@@ -140,7 +141,7 @@ class TileSpan : BlockSpan<E> {
   void weigh(Unweighed16& u, std::int64_t rows) const {
     const std::int64_t first = u.weighed, end = min64(u.rows, first + rows);
     if (first == end) return;
-    whole_ ? tile_weigh<Int8Keys, true>(u, first, end) : tile_weigh<Int8Keys, false>(u, first, end);
+    whole_ ? weigh_queries<Int8Keys, true>(u, first, end) : weigh_queries<Int8Keys, false>(u, first, end);
     u.weighed = end;
   }
 
@@ -254,8 +255,8 @@ inline void run_tiles(const AttentionArgs& a, const AttentionBlock& b, std::int6
   TileSpan<F32, false>(a, b, begin, end, scratch, state).run();
 }
 
-constexpr AttentionKernel tile_kernel = {
-    kTileQueries, state_bytes, tile_scratch_bytes, prepare_tiles, run_tiles, merge, finish,
+constexpr AttentionKernel amx_kernel = {
+    kTileQueries, state_bytes, amx_scratch_bytes, prepare_tiles, run_tiles, merge, finish,
 };
 
 }  // namespace

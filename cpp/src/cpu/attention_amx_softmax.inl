@@ -58,7 +58,7 @@ inline __mmask32 lanes_seen(const Range& range, std::int32_t first) {
 
 // Weighs the queries [row, end). What one does not see weighs nothing.
 template <bool Int8, bool Whole>
-__attribute__((noipa)) void tile_weigh(const Unweighed16& u, std::int64_t row, std::int64_t end) {
+__attribute__((noipa)) void weigh_queries(const Unweighed16& u, std::int64_t row, std::int64_t end) {
   VecF scale[kVecs];
   if constexpr (Int8) unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { scale[p] = load_f32(u.key_scales[p]); });
 #pragma GCC unroll 1

@@ -55,7 +55,7 @@ struct TileWorkspace {
   }
 };
 
-inline std::size_t tile_scratch_bytes(const AttentionArgs& a, std::int64_t queries) {
+inline std::size_t amx_scratch_bytes(const AttentionArgs& a, std::int64_t queries) {
   return TileWorkspace(nullptr, queries, a.head_dim, a.dtype).bytes;
 }
 
@@ -78,14 +78,14 @@ inline void prepare_tiles(const AttentionArgs& a, const AttentionBlock& b, std::
 
 // The keys of a page to pairs [padded / 2][kTilePairs], with zeros beyond the head.
 template <class E>
-void tile_keys(const typename E::T* from, std::int64_t depth, std::int64_t padded, std::uint16_t* to) {
+void keys_to_tiles(const typename E::T* from, std::int64_t depth, std::int64_t padded, std::uint16_t* to) {
   pair_keys<E>(from, depth, to, kTilePairs);
   std::memset(to + depth / 2 * kTilePairs, 0, static_cast<std::size_t>((padded - depth) / 2 * kTilePairs) * 2);
 }
 
 // The values of a page to its pairs of a chunk's.
 template <class E>
-__attribute__((noipa)) void tile_page_values(const typename E::T* from, std::int64_t depth, std::uint16_t* to) {
+__attribute__((noipa)) void values_to_tiles(const typename E::T* from, std::int64_t depth, std::uint16_t* to) {
   for (std::int64_t j = 0; j < kPageTokens; j += 2, from += 2 * depth, to += kTilePairs) {
     std::uint16_t* column = to;
     std::int64_t i = 0;

@@ -6,7 +6,7 @@
 
 namespace qtale::cpu {
 
-const AttentionKernel avx512_amx_attention_table = attending::tile_kernel;
-const ProjectKernel avx512_amx_project_table = projection::tile_kernel;
+const AttentionKernel avx512_amx_attention_table = attending::amx_kernel;
+const ProjectKernel avx512_amx_project_table = projection::amx_kernel;
 
 }  // namespace qtale::cpu

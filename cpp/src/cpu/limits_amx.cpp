@@ -9,11 +9,12 @@ constexpr int kSums = 6;  // tiles in turn; two more hold factors
 constexpr int kOpsPerTile = 2 * kTileRows * kTileRows * kTileLine;
 
 __attribute__((noipa)) void tile_loop(std::int64_t rounds) {
-  const TilesInUse tiles{TileShapes()};
+  TileShapes().use();
   for (; rounds > 0; --rounds)
     asm volatile(
         "tdpbsud %tmm7, %tmm6, %tmm0\n\ttdpbsud %tmm7, %tmm6, %tmm1\n\ttdpbsud %tmm7, %tmm6, %tmm2\n\t"
         "tdpbsud %tmm7, %tmm6, %tmm3\n\ttdpbsud %tmm7, %tmm6, %tmm4\n\ttdpbsud %tmm7, %tmm6, %tmm5");
+  release_tiles();
 }
 
 }  // namespace

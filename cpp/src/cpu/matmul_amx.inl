@@ -83,8 +83,9 @@ class AmxRun {
   }
 
   void panels(Span panels) {
-    const TilesInUse tiles(tile_shapes(step_k()));
+    tile_shapes(step_k()).use();
     for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) run_panel(panel);
+    release_tiles();
     if (stream_) _mm_sfence();
   }
 

@@ -33,7 +33,7 @@ struct TilePanels {
   std::int64_t panel_pairs() const { return steps * tiles * tile_pairs(); }
 };
 
-inline std::size_t tile_packed_bytes(std::int64_t rows, std::int64_t depth) {
+inline std::size_t amx_packed_bytes(std::int64_t rows, std::int64_t depth) {
   const std::int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
   return static_cast<std::size_t>(panels * TilePanels(rows, depth).panel_pairs()) * sizeof(float);
 }
@@ -102,8 +102,9 @@ class ManyRowTiles {
   }
 
   void run(std::int64_t begin, std::int64_t end) const {
-    const TilesInUse tiles(product_shapes(x_));
+    product_shapes(x_).use();
     for (; begin < end; begin += kTileEntries) run_group(begin, min64(kTileEntries, end - begin));
+    release_tiles();
   }
 
  private:
@@ -193,13 +194,14 @@ class FewRowTiles {
 
   // Whole groups of [begin, end); returns where they end.
   std::int64_t run(std::int64_t begin, std::int64_t end) const {
-    const TilesInUse tiles(product_shapes(x_));
+    product_shapes(x_).use();
     const std::int64_t apart = (end - begin) / kTileRows;
     for (std::int64_t i = 0; i < apart; ++i) {
       x_.tiles == 2 ? multiply<2>(begin + i, apart) : multiply<1>(begin + i, apart);
       for (std::int64_t e = 0; e < kTileRows; ++e)
         sink_.template panel<2>(sums_ + e * kPanelRows, begin + i + e * apart, 1, 0, a_.rows);
     }
+    release_tiles();
     return begin + apart * kTileRows;
   }
 
@@ -287,9 +289,9 @@ inline void store_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t e
   run_tiles(a, begin, end, scratch, Store{out});
 }
 
-constexpr ProjectKernel tile_kernel = {
-    tile_packed_bytes, pack_row_tiles, ManyRowTiles<Bf16, Store>::scratch_bytes, find_in_tiles, store_tiles, kPanelRows,
-    kTileEntries,      kTileEntries,
+constexpr ProjectKernel amx_kernel = {
+    amx_packed_bytes, pack_row_tiles, ManyRowTiles<Bf16, Store>::scratch_bytes, find_in_tiles, store_tiles, kPanelRows,
+    kTileEntries,     kTileEntries,
 };
 
 }  // namespace
