@@ -2,7 +2,8 @@
 
 Some compilers spill accumulators when they inline or hoist, which costs half the speed and fails no other test. A
 constant that found no register, or one value out and back, hides behind the multiplications and is let pass.
-Functions are the tile_... of kernels_, decoder_ and solve_avx2, _avx512, _avx512_bf16 and _amx; loops are backward
+Functions are the tile_... of kernels_, decoder_ and solve_avx2, _avx512, _avx512_bf16 and _amx (but not of
+_amx_bf16, whose sums are in tiles); loops are backward
 jumps over one basic block that holds a multiplication. A function without such a loop fails too: then this script no
 longer sees what it has to watch.
 """

@@ -1,6 +1,13 @@
-// The AMX tier has exactly the bits of AVX-512: a row is the same in a batch, where tiles multiply it, and alone.
+// qmatmul on AMX has exactly the bits of AVX-512: a row is the same in a batch, where tiles multiply it, and alone.
+// What tiles read and write ends where it should, which sanitizers do not see.
 #include <algorithm>
+#include <cstring>
 #include <limits>
+#include <memory>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "attention_oracle.h"
 #include "catch.h"
@@ -125,6 +132,78 @@ TEST_CASE("amx: any number of threads and of rows gives the bits of AVX-512, and
     }
   }
 }
+
+#ifdef __linux__
+// Memory that ends where nothing may be read or written.
+class Guarded {
+ public:
+  explicit Guarded(std::int64_t bytes) : mapped_((bytes + 2 * kPage - 1) / kPage * kPage) {
+    memory_ = static_cast<std::byte*>(
+        mmap(nullptr, static_cast<std::size_t>(mapped_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    REQUIRE(memory_ != MAP_FAILED);
+    REQUIRE(mprotect(memory_ + mapped_ - kPage, kPage, PROT_NONE) == 0);
+    data_ = memory_ + mapped_ - kPage - bytes;
+  }
+  Guarded(const void* from, std::int64_t bytes) : Guarded(bytes) {
+    if (bytes > 0) std::memcpy(data_, from, static_cast<std::size_t>(bytes));
+  }
+  ~Guarded() { munmap(memory_, static_cast<std::size_t>(mapped_)); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  std::byte* data() const { return data_; }
+
+ private:
+  static constexpr std::int64_t kPage = 4096;
+  std::int64_t mapped_;
+  std::byte *memory_, *data_;
+};
+
+TEST_CASE("amx: products of bf16 numbers end where their matrices do", "[amx]") {
+  if (!has_amx()) return;
+  Random random(85);
+  const IsaScope scope("avx512_amx");
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
+    for (const std::int64_t in : {2, 32, 34, 64, 258})
+      for (const std::int64_t out : {15, 16, 17, 31, 33})
+        for (const std::int64_t rows : {1, 4, 5, 16, 17, 32, 33}) {
+          const Floats x = normal_floats(random, DType::f32, rows * in),
+                       weight = normal_floats(random, dtype, out * in);
+          Floats expected(DType::f32, rows * out);
+          matmul(x.matrix(rows, in), weight.matrix(out, in), nullptr, expected.matrix(rows, out), Compute::bfloat16);
+          const Guarded own_x(x.data(), x.size() * 4), own(weight.data(), weight.size() * size_of(dtype)),
+              y(expected.size() * 4);
+          const TensorView to = TensorView::matrix(y.data(), DType::f32, rows, out);
+          matmul(TensorView::matrix(own_x.data(), DType::f32, rows, in), TensorView::matrix(own.data(), dtype, out, in),
+                 nullptr, to, Compute::bfloat16);
+          INFO(rows << " x " << in << " x " << out);
+          CHECK(std::memcmp(y.data(), expected.data(), static_cast<std::size_t>(expected.size() * 4)) == 0);
+        }
+}
+
+TEST_CASE("amx: attention ends where pages do", "[amx]") {
+  if (!has_amx()) return;
+  const IsaScope scope("avx512_amx");
+  for (const DType dtype : {DType::s8, DType::f16, DType::f32})
+    for (const std::int64_t dim : {16, 32, 64, 128}) {
+      Random random(86);
+      Cache cache(70, 1, dim, dtype);
+      cache.fill(random);
+      Attending attending{3, dim, 0.125f, {}, {}, {}, {}, {}};
+      attending.compute = Compute::int8;
+      add_causal(attending, random, cache, 30, 0);
+      const std::vector<float> expected = attending.run();
+      std::vector<std::unique_ptr<Guarded>> pages;
+      std::vector<void*> places;
+      for (const auto& page : cache.memory) {
+        pages.push_back(std::make_unique<Guarded>(page.data(), static_cast<std::int64_t>(page.size())));
+        places.push_back(pages.back()->data());
+      }
+      attending.runs[0].pages = places;
+      INFO("heads of " << dim);
+      CHECK(differences(expected.data(), attending.run().data(), std::ssize(expected)) == 0);
+    }
+}
+#endif
 
 #ifdef __x86_64__
 TEST_CASE("amx: neither products nor attention leave tile registers in use", "[amx]") {

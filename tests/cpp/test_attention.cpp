@@ -173,6 +173,39 @@ TEST_CASE("attention: what a row does not see cannot reach it, be it infinite") 
   }
 }
 
+TEST_CASE("attention: rows of a block may be far apart, with memory between them that nothing was stored in") {
+  constexpr std::int64_t kEntries = 200;
+  const std::pair<DType, std::int64_t> kinds[] = {{DType::f16, 64}, {DType::f16, 20}, {DType::f32, 64},
+                                                  {DType::f32, 20}, {DType::s8, 32},  {DType::s8, 64}};
+  for (const auto& [dtype, dim] : kinds) {
+    Random random(24);
+    for (const std::string& isa : cpu_isas()) {
+      const IsaScope scope(isa);
+      if (dtype == DType::s8 && !has_int8_keys(dim)) continue;
+      INFO(isa << " " << name_of(dtype) << ", heads of " << dim);
+      Cache cache(kEntries, 1, dim, dtype);
+      const auto append = [&](std::int64_t first, std::int64_t count) {
+        std::vector<float> keys(static_cast<std::size_t>(count * dim)), values(keys.size());
+        for (float& x : keys) x = random.normal();
+        for (float& x : values) x = random.normal();
+        cache.append(keys, values, first);
+      };
+      append(0, 40);
+      append(160, 40);
+      Attending a{3, dim, 0.125f, {}, {}, {}, {}, {}};
+      a.compute = Compute::int8;
+      a.add(random, cache, 8, 0, 33, 1);
+      a.add(random, cache, 8, 160, 193, 1);
+      a.runs[0].rows = 16;
+      a.runs.pop_back();
+      a.caches.pop_back();
+      const auto out = a.run();
+      CHECK(worst_share(a, out) <= 1.0);
+      CHECK(different_alone(a, out) == 0);
+    }
+  }
+}
+
 TEST_CASE("kv_append: entries land in their places, one by one or together") {
   for (const DType dtype : {DType::f16, DType::f32}) {
     for (const std::string& isa : cpu_isas()) {

@@ -141,23 +141,29 @@ TEST_CASE("matmul: the same bits for any number of threads", "[threads]") {
   }
 }
 
+struct Apart {
+  std::int64_t rows, in;
+  DType dtype;
+};
+const Apart kApart[] = {
+    {3, 40, DType::f16}, {50, 40, DType::f16}, {3, 64, DType::bf16}, {20, 64, DType::bf16}, {50, 64, DType::bf16}};
+
 TEST_CASE("matmul: rows may be apart, and nothing between them is read into sums or written") {
   Random random(94);
   for (const std::string& isa : cpu_isas()) {
     const IsaScope scope(isa);
-    for (const std::int64_t rows : {3, 50}) {
-      const Case c{rows, 40, 230};
-      const Floats x = normal_floats(random, DType::f32, rows * 40),
-                   weight = normal_floats(random, DType::f16, 230 * 40);
-      Floats wide_x(DType::f32, rows * 45), wide(DType::f16, 230 * 43), y(DType::f32, rows * 233);
+    for (const auto& [rows, in, dtype] : kApart) {
+      const Case c{rows, in, 230};
+      const Floats x = normal_floats(random, DType::f32, rows * in), weight = normal_floats(random, dtype, 230 * in);
+      Floats wide_x(DType::f32, rows * (in + 5)), wide(dtype, 230 * (in + 3)), y(DType::f32, rows * 233);
       for (Floats* gaps : {&wide_x, &wide, &y})
         for (std::int64_t i = 0; i < gaps->size(); ++i) gaps->set(i, NAN);
-      for (std::int64_t i = 0; i < x.size(); ++i) wide_x.set(i / 40 * 45 + i % 40, x.get(i));
-      for (std::int64_t i = 0; i < weight.size(); ++i) wide.set(i / 40 * 43 + i % 40, weight.get(i));
-      TensorView apart_x = wide_x.matrix(rows, 45), apart = wide.matrix(230, 43), apart_y = y.matrix(rows, 233);
-      apart_x.shape[1] = apart.shape[1] = 40;
+      for (std::int64_t i = 0; i < x.size(); ++i) wide_x.set(i / in * (in + 5) + i % in, x.get(i));
+      for (std::int64_t i = 0; i < weight.size(); ++i) wide.set(i / in * (in + 3) + i % in, weight.get(i));
+      TensorView apart_x = wide_x.matrix(rows, in + 5), apart = wide.matrix(230, in + 3), apart_y = y.matrix(rows, 233);
+      apart_x.shape[1] = apart.shape[1] = in;
       apart_y.shape[1] = 230;
-      for (const Compute way : ways(40)) {
+      for (const Compute way : ways(in)) {
         matmul(apart_x, apart, nullptr, apart_y, way);
         const Floats dense = multiply(x, weight, nullptr, c, way);
         std::int64_t wrong = 0;

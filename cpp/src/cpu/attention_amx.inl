@@ -3,8 +3,6 @@
 // values of the one before are multiplied. Few queries are multiplied in tiles, too: a row has the same sums so.
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/attention_amx_softmax.inl"
 
 namespace qtale::cpu::attending {
@@ -55,7 +53,7 @@ class TileSpan : BlockSpan<E> {
   }
 
  private:
-  std::int64_t tiles() const { return (count_ + kTileRows - 1) / kTileRows; }
+  std::int64_t tiles() const { return ceil_div(count_, kTileRows); }
   std::int64_t columns() const { return state_.stride / kWidth; }
 
   void run_chunk() {
@@ -102,8 +100,7 @@ class TileSpan : BlockSpan<E> {
         zero_tile<p>();
       }
     });
-    const std::int64_t steps = (w_.query_bytes + kTileLine - 1) / kTileLine;
-    for (std::int64_t step = 0; step < steps; ++step) {
+    for (std::int64_t step = 0; step < w_.query_bytes / kTileLine; ++step) {
       load_tile<kQueryTile>(queries + step * kTileLine, w_.query_bytes);
       unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
         if constexpr (Int8Keys) {
@@ -157,12 +154,11 @@ class TileSpan : BlockSpan<E> {
       by_range(first, min64(first + kTileRows, count_), [&](std::int64_t begin, std::int64_t end, const Range& range) {
         Unweighed16 nothing{};
         keep_entries(w_.values, columns(), range, w_.kept);
-        std::copy_n(sums, kTileRows * stride, w_.sums);
-        std::copy_n(totals, kTileRows * kWidth, w_.totals);
+        copy_floats(sums, kTileRows * stride, w_.sums);
+        copy_floats(totals, kTileRows * kWidth, w_.totals);
         add_values({weights(tile), w_.kept, w_.sums, w_.totals}, nothing);
-        std::copy(w_.sums + (begin - first) * stride, w_.sums + (end - first) * stride, state_.sums + begin * stride);
-        std::copy(w_.totals + (begin - first) * kWidth, w_.totals + (end - first) * kWidth,
-                  state_.totals + begin * kWidth);
+        copy_floats(w_.sums + (begin - first) * stride, (end - begin) * stride, state_.sums + begin * stride);
+        copy_floats(w_.totals + (begin - first) * kWidth, (end - begin) * kWidth, state_.totals + begin * kWidth);
       });
     }
     weigh(others, others.rows);
@@ -176,7 +172,7 @@ class TileSpan : BlockSpan<E> {
 
   // Weights are summed as they are rounded, beside the first values, so that rounding shifts no mean of values.
   void add_values(const Addends& all, Unweighed16& others) const {
-    const std::int64_t turns = kValueSteps * ((columns() + 3) / 4), pace = (kTileRows + turns - 1) / turns;
+    const std::int64_t turns = kValueSteps * ceil_div(columns(), 4), pace = ceil_div(kTileRows, turns);
     std::int64_t column = 0;
     const auto add = [&](auto count) {
       const Addends part{all.weights, all.values + column * kColumn, all.sums + column * kWidth, all.totals};
@@ -216,7 +212,7 @@ class TileSpan : BlockSpan<E> {
     NextChunk() = default;
     explicit NextChunk(const TileSpan& s)
         : lines_(s.at_ + kChunk < s.last_ ? kv_head_bytes(s.a_.head_dim, s.a_.dtype) / 64 : 0),
-          step_((lines_ + s.tiles() - 1) / s.tiles()),
+          step_(ceil_div(lines_, s.tiles())),
           early_(s.tiles() < kPages) {
       for (int p = 0; p < kPages; ++p)
         pages_[p] = reinterpret_cast<const char*>(s.page_ahead(s.at_ + kChunk + p * kPageTokens));
@@ -224,7 +220,7 @@ class TileSpan : BlockSpan<E> {
     void ask() { ask(step_); }
     // Where there are few tiles.
     void ask_early() {
-      if (early_) ask((lines_ + kPages - 1) / kPages);
+      if (early_) ask(ceil_div(lines_, kPages));
     }
 
    private:

@@ -23,7 +23,7 @@ struct TileWorkspace {
   std::int32_t* starts = nullptr;    // [queries, 16]: what sums begin at
   std::byte* scores = nullptr;       // [16, kChunk] sums of codes, or float
   std::uint16_t* weights = nullptr;  // [2, 16, kChunk]: of two tiles of queries in turn
-  std::uint16_t* keys = nullptr;     // [kPages, depth / 2, kTilePairs], where they are not codes
+  std::uint16_t* keys = nullptr;     // [kPages, padded depth / 2, kTilePairs], where they are not codes
   std::uint16_t* values = nullptr;   // [stride / 16, kChunk / 2, kTilePairs]
   std::uint16_t* kept = nullptr;     // the same: what some queries see of them
   float* sums = nullptr;             // [16, stride] of those queries
@@ -103,6 +103,10 @@ inline void keep_entries(const std::uint16_t* from, std::int64_t columns, const 
     const __mmask32 kept = (within(entry) ? 0x55555555u : 0u) | (within(entry + 1) ? 0xaaaaaaaau : 0u);
     _mm512_store_si512(to + at, _mm512_maskz_loadu_epi16(kept, from + at));
   }
+}
+
+inline void copy_floats(const float* from, std::int64_t count, float* to) {
+  std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
 }
 
 // Whether values of a chunk are all finite.

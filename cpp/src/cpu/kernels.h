@@ -103,7 +103,7 @@ struct ProjectKernel {
   // Rows [begin, end); begin is a multiple of row_tile.
   void (*pack)(const ProjectArgs&, std::int64_t begin, std::int64_t end);
   std::size_t (*scratch_bytes)(std::int64_t rows);
-  // Offers the products of all rows with entries [begin, end).
+  // Offers the products of all rows with entries [begin, end); nullptr where they are only stored.
   void (*find)(const ProjectArgs&, std::int64_t begin, std::int64_t end, std::byte* scratch, Candidates&);
   // Stores them. A product depends on its row and its entry alone, bit for bit.
   void (*store)(const ProjectArgs&, std::int64_t begin, std::int64_t end, std::byte* scratch, const ProjectOut&);

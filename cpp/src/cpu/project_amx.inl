@@ -20,12 +20,13 @@ constexpr std::int64_t kTileNumbers = kTileBytes / 2;
 constexpr std::int64_t kTileAhead = 512;     // bytes of each stream that are asked for in advance
 constexpr int kEntryTile = 4, kRowTile = 6;  // the first of two; those before hold sums
 
-// Rows of x in panels [steps][tiles][16 pairs][lanes] of pairs, zeros behind the last row and number.
+// Rows of x in panels [steps][tiles][16 pairs][lanes] of pairs, zeros behind the last number and, within a tile, the
+// last row.
 struct TilePanels {
   std::int64_t steps, tiles, lanes;
 
   TilePanels(std::int64_t rows, std::int64_t depth)
-      : steps((depth + kTileDepth - 1) / kTileDepth),
+      : steps(ceil_div(depth, kTileDepth)),
         tiles(rows > kTileRows ? 2 : 1),
         lanes(rows > kFewLanes ? kTileRows : kFewLanes) {}
   std::int64_t line() const { return lanes * std::int64_t{sizeof(float)}; }  // bytes
@@ -34,7 +35,7 @@ struct TilePanels {
 };
 
 inline std::size_t amx_packed_bytes(std::int64_t rows, std::int64_t depth) {
-  const std::int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+  const std::int64_t panels = ceil_div(rows, kPanelRows);
   return static_cast<std::size_t>(panels * TilePanels(rows, depth).panel_pairs()) * sizeof(float);
 }
 
@@ -85,10 +86,10 @@ const typename E::T* entry_at(const ProjectArgs& a, std::int64_t entry, std::int
 
 // Entries times all rows: 32 entries at a time, whose numbers are copied to tiles for some steps of
 // the depth.
-template <class E, class Sink>
+template <class E>
 class ManyRowTiles {
  public:
-  ManyRowTiles(const ProjectArgs& a, std::byte* scratch, const Sink& sink)
+  ManyRowTiles(const ProjectArgs& a, std::byte* scratch, const Store& sink)
       : a_(a),
         sink_(sink),
         x_(a.rows, a.depth),
@@ -97,7 +98,7 @@ class ManyRowTiles {
 
   static constexpr std::size_t kEntryBytes = 2 * kSharedSteps * kTileBytes;
   static std::size_t scratch_bytes(std::int64_t rows) {
-    const std::int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
+    const std::int64_t panels = ceil_div(rows, kPanelRows);
     return kEntryBytes + static_cast<std::size_t>(panels * kPanelSums) * sizeof(float);
   }
 
@@ -119,7 +120,7 @@ class ManyRowTiles {
       for (std::int64_t row = 0; row < a_.rows; row += kPanelRows, sums += kPanelSums, x += x_.panel_pairs()) {
         const std::int64_t rows = min64(kPanelRows, a_.rows - row);
         multiply(count, rows, x, steps, step == 0, sums);
-        if (last) sink_.template panel<2>(sums, entry, count, row, rows);
+        if (last) sink_.panel<2>(sums, entry, count, row, rows);
       }
     }
   }
@@ -174,7 +175,7 @@ class ManyRowTiles {
   }
 
   const ProjectArgs& a_;
-  const Sink& sink_;
+  const Store sink_;
   TilePanels x_;
   std::uint16_t* entries_;  // of some steps
   float* sums_;             // [panels][kTileEntries][kPanelRows]
@@ -182,10 +183,10 @@ class ManyRowTiles {
 
 // Entries times the rows of one panel wait for memory: 16 at a time, one of each of 16 streams, which hardware reads
 // ahead as well. With Direct they are multiplied where they lie, else from a ring of tiles.
-template <class E, class Sink, bool Direct>
+template <class E, bool Direct>
 class FewRowTiles {
  public:
-  FewRowTiles(const ProjectArgs& a, std::byte* scratch, const Sink& sink)
+  FewRowTiles(const ProjectArgs& a, std::byte* scratch, const Store& sink)
       : a_(a),
         sink_(sink),
         x_(a.rows, a.depth),
@@ -199,7 +200,7 @@ class FewRowTiles {
     for (std::int64_t i = 0; i < apart; ++i) {
       x_.tiles == 2 ? multiply<2>(begin + i, apart) : multiply<1>(begin + i, apart);
       for (std::int64_t e = 0; e < kTileRows; ++e)
-        sink_.template panel<2>(sums_ + e * kPanelRows, begin + i + e * apart, 1, 0, a_.rows);
+        for (std::int64_t r = 0; r < a_.rows; ++r) sink_.one(r, begin + i + e * apart, sums_[e * kPanelRows + r]);
     }
     release_tiles();
     return begin + apart * kTileRows;
@@ -207,7 +208,7 @@ class FewRowTiles {
 
  private:
   static constexpr std::int64_t kRing = 4;  // tiles: one is read long after it was written
-  static_assert(kRing * kTileBytes + kTileRows * kPanelRows * 4 <= ManyRowTiles<E, Sink>::kEntryBytes);
+  static_assert(kRing * kTileBytes + kTileRows * kPanelRows * 4 <= ManyRowTiles<E>::kEntryBytes);
 
   // Steps of 16 entries that lie `apart`.
   struct Entries {
@@ -260,37 +261,30 @@ class FewRowTiles {
   }
 
   const ProjectArgs& a_;
-  const Sink& sink_;
+  const Store sink_;
   TilePanels x_;
   std::uint16_t* ring_;
   float* sums_;  // [16][kPanelRows]
 };
 
-template <class E, class Sink>
-void run_tiles_of(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Sink& sink) {
+template <class E>
+void store_entries(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Store& sink) {
+  constexpr bool kBf16 = std::is_same_v<E, Bf16>;
   if (a.rows <= kPanelRows) {
-    const bool direct = std::is_same_v<E, Bf16> && a.depth % kTileDepth == 0;
-    if constexpr (std::is_same_v<E, Bf16>)
-      if (direct) begin = FewRowTiles<E, Sink, true>(a, scratch, sink).run(begin, end);
-    if (!direct) begin = FewRowTiles<E, Sink, false>(a, scratch, sink).run(begin, end);
+    const bool direct = kBf16 && a.depth % kTileDepth == 0;
+    begin = direct ? FewRowTiles<E, kBf16>(a, scratch, sink).run(begin, end)
+                   : FewRowTiles<E, false>(a, scratch, sink).run(begin, end);
   }
-  ManyRowTiles<E, Sink>(a, scratch, sink).run(begin, end);
-}
-template <class Sink>
-void run_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Sink& sink) {
-  with_type(a.matrix.dtype, [&](auto element) { run_tiles_of<decltype(element), Sink>(a, begin, end, scratch, sink); });
-}
-inline void find_in_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch,
-                          Candidates& c) {
-  run_tiles(a, begin, end, scratch, Offer{c});
+  if (begin < end) ManyRowTiles<E>(a, scratch, sink).run(begin, end);
 }
 inline void store_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch,
                         const ProjectOut& out) {
-  run_tiles(a, begin, end, scratch, Store{out});
+  with_type(a.matrix.dtype,
+            [&](auto element) { store_entries<decltype(element)>(a, begin, end, scratch, Store{out}); });
 }
 
 constexpr ProjectKernel amx_kernel = {
-    amx_packed_bytes, pack_row_tiles, ManyRowTiles<Bf16, Store>::scratch_bytes, find_in_tiles, store_tiles, kPanelRows,
+    amx_packed_bytes, pack_row_tiles, ManyRowTiles<Bf16>::scratch_bytes, nullptr, store_tiles, kPanelRows,
     kTileEntries,     kTileEntries,
 };
 
