@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kTileRegisters = 8;
 constexpr std::int64_t kTileRows = 16, kTileLine = 64, kTileBytes = kTileRows * kTileLine;
+constexpr std::int64_t kLineNumbers = kTileLine / 2, kTileNumbers = kTileBytes / 2;  // of bf16
 
 // Rows and bytes per row of the tile registers, whole ones where not set.
 class TileShapes {

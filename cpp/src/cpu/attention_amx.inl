@@ -16,7 +16,7 @@ struct OneColumn {
   alignas(64) std::uint16_t numbers[kTileNumbers] = {};
   constexpr OneColumn() {
     for (int line = 0; line < kTileRows; ++line)
-      for (int i = 0; i < 2; ++i) numbers[line * kTilePairs + i] = 0x3f80;
+      for (int i = 0; i < 2; ++i) numbers[line * kLineNumbers + i] = 0x3f80;
   }
 };
 constexpr OneColumn kOneColumn;
@@ -57,12 +57,12 @@ class TileSpan : BlockSpan<E> {
   std::int64_t columns() const { return state_.stride / kWidth; }
 
   void run_chunk() {
-    ahead_ = NextChunk(*this);
+    ahead_ = pages_ahead(at_ + kChunk);
     convert();
     const bool apart = !whole_ && !all_finite(w_.values, columns());
     Unweighed16 nothing{};
     for (std::int64_t tile = 0; tile < tiles(); ++tile) {
-      ahead_.ask();
+      ahead_.ask(ceil_div(ahead_.lines(), tiles()));
       multiply_keys(tile);
       Unweighed16 fresh = unweighed(tile);
       tile > 0 ? add_tile(tile - 1, apart, fresh) : weigh(fresh, fresh.rows);
@@ -81,8 +81,8 @@ class TileSpan : BlockSpan<E> {
       } else {
         keys_to_tiles<E>(pages_[p], depth, w_.query_bytes / 2, w_.keys + p * kPageTokens * w_.query_bytes / 2);
       }
-      ahead_.ask_early();
-      values_to_tiles<E>(pages_[p] + values_at_, depth, w_.values + p * kPageTokens / 2 * kTilePairs);
+      if (tiles() < kPages) ahead_.ask(ceil_div(ahead_.lines(), kPages));
+      values_to_tiles<E>(pages_[p] + values_at_, depth, w_.values + p * kPageTokens / 2 * kLineNumbers);
     }
     const auto within = [&](std::int64_t entry) {
       return static_cast<std::int32_t>(entry < at_ ? 0 : entry > at_ + kChunk ? kChunk : entry - at_);
@@ -194,7 +194,7 @@ class TileSpan : BlockSpan<E> {
       load_tile<kOnes>(kOneColumn.numbers, kTileLine);
     }
     unroll<kValueSteps>([&](auto step) QTALE_INLINE_LAMBDA {
-      load_tile<kWeightTile>(part.weights + step * kTilePairs, 2 * kChunk);
+      load_tile<kWeightTile>(part.weights + step * kLineNumbers, 2 * kChunk);
       unroll<Columns>([&](auto c) QTALE_INLINE_LAMBDA {
         load_tile<kValueTile>(part.values + c * kColumn + step * kTileNumbers, kTileLine);
         multiply_bf16_tiles<c, kWeightTile, kValueTile>();
@@ -206,39 +206,11 @@ class TileSpan : BlockSpan<E> {
     if constexpr (Totals) store_tile_sums<kTotals>(part.totals, kTileLine);
   }
 
-  // Asks for the pages of the next chunk, for some lines at a time: all at once would have to wait.
-  class NextChunk {
-   public:
-    NextChunk() = default;
-    explicit NextChunk(const TileSpan& s)
-        : lines_(s.at_ + kChunk < s.last_ ? kv_head_bytes(s.a_.head_dim, s.a_.dtype) / 64 : 0),
-          step_(ceil_div(lines_, s.tiles())),
-          early_(s.tiles() < kPages) {
-      for (int p = 0; p < kPages; ++p)
-        pages_[p] = reinterpret_cast<const char*>(s.page_ahead(s.at_ + kChunk + p * kPageTokens));
-    }
-    void ask() { ask(step_); }
-    // Where there are few tiles.
-    void ask_early() {
-      if (early_) ask(ceil_div(lines_, kPages));
-    }
-
-   private:
-    void ask(std::int64_t lines) {
-      for (const std::int64_t stop = min64(lines_, line_ + lines); line_ < stop; ++line_)
-        for (const char* page : pages_) __builtin_prefetch(page + line_ * 64, 0, 2);
-    }
-
-    const char* pages_[kPages] = {};
-    std::int64_t lines_ = 0, step_ = 0, line_ = 0;
-    bool early_ = false;
-  };
-
   using Base::a_, Base::b_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_;
-  using Base::by_range, Base::page, Base::page_ahead, Base::set_ranges, Base::values_at_, Base::whole_, Base::last_;
+  using Base::by_range, Base::page, Base::pages_ahead, Base::set_ranges, Base::values_at_, Base::whole_;
 
   TileWorkspace w_;
-  NextChunk ahead_;
+  PagesAhead ahead_;
   const typename E::T* pages_[kPages] = {};
   const float* scales_[kPages] = {};
   std::int64_t at_ = 0;  // entry where the chunk begins

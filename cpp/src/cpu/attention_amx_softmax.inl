@@ -36,15 +36,9 @@ inline void hide_lanes(const Range& range, VecF (&x)[kVecs]) {
 
 QTALE_INLINE VecF most_of(const VecF (&x)[kVecs]) { return max(max(x[0], x[1]), max(x[2], x[3])); }
 
-// Raises the top of a query, and rescales what was summed so far.
+// Out of line: it is rare, and its registers are in the way.
 __attribute__((noipa)) void raise_query(const Unweighed16& u, std::int64_t row, float most) {
-  const float before = u.tops[row], wanted = most + kReserve;
-  u.tops[row] = wanted > before ? wanted : before;
-  if (before == -FLT_MAX) return;  // what saw nothing yet has sums of zero
-  const VecF factor = exp2_down(set1(before - u.tops[row]));
-  float *total = u.totals + row * kWidth, *sums = u.sums + row * u.stride;
-  store_f32(total, mul(load_f32(total), factor));
-  for (std::int64_t d = 0; d < u.stride; d += kWidth) store_f32(sums + d, mul(load_f32(sums + d), factor));
+  raise_to(most, u.tops[row], u.totals + row * kWidth, u.sums + row * u.stride, u.stride);
 }
 
 // Lanes of half a chunk, of bf16, that are within a range.

@@ -10,8 +10,6 @@
 namespace qtale::cpu::attending {
 namespace {
 
-constexpr std::int64_t kTileNumbers = kTileBytes / 2;         // of bf16
-constexpr std::int64_t kTilePairs = kTileLine / 2;            // bf16 numbers of a line
 constexpr std::int64_t kValueSteps = kChunk / 2 / kTileRows;  // tiles of pairs of entries
 constexpr std::int64_t kColumn = kValueSteps * kTileNumbers;  // numbers of 16 dimensions of a chunk's values
 constexpr std::int64_t kTileWeights = kTileRows * kChunk;     // of 16 queries
@@ -23,8 +21,8 @@ struct TileWorkspace {
   std::int32_t* starts = nullptr;    // [queries, 16]: what sums begin at
   std::byte* scores = nullptr;       // [16, kChunk] sums of codes, or float
   std::uint16_t* weights = nullptr;  // [2, 16, kChunk]: of two tiles of queries in turn
-  std::uint16_t* keys = nullptr;     // [kPages, padded depth / 2, kTilePairs], where they are not codes
-  std::uint16_t* values = nullptr;   // [stride / 16, kChunk / 2, kTilePairs]
+  std::uint16_t* keys = nullptr;     // [kPages, padded depth / 2, kLineNumbers], where they are not codes
+  std::uint16_t* values = nullptr;   // [stride / 16, kChunk / 2, kLineNumbers]
   std::uint16_t* kept = nullptr;     // the same: what some queries see of them
   float* sums = nullptr;             // [16, stride] of those queries
   float* totals = nullptr;           // [16, kWidth]
@@ -36,7 +34,7 @@ struct TileWorkspace {
   TileWorkspace(std::byte* memory, std::int64_t count, std::int64_t head_dim, DType dtype) {
     const std::int64_t rows = round_up(count, kTileRows), stride = round_up(head_dim, kWidth);
     const bool codes = dtype == DType::s8;
-    query_bytes = codes ? round_up(head_dim, kTileLine) : 2 * round_up(head_dim, kTilePairs);
+    query_bytes = codes ? round_up(head_dim, kTileLine) : 2 * round_up(head_dim, kLineNumbers);
     const auto take = [&]<class T>(T*& part, std::int64_t numbers) {
       if (memory != nullptr) part = reinterpret_cast<T*>(memory + bytes);
       bytes += static_cast<std::size_t>(round_up(numbers * std::int64_t{sizeof(T)}, 64));
@@ -76,17 +74,17 @@ inline void prepare_tiles(const AttentionArgs& a, const AttentionBlock& b, std::
   }
 }
 
-// The keys of a page to pairs [padded / 2][kTilePairs], with zeros beyond the head.
+// The keys of a page to pairs [padded / 2][kLineNumbers], with zeros beyond the head.
 template <class E>
 void keys_to_tiles(const typename E::T* from, std::int64_t depth, std::int64_t padded, std::uint16_t* to) {
-  pair_keys<E>(from, depth, to, kTilePairs);
-  std::memset(to + depth / 2 * kTilePairs, 0, static_cast<std::size_t>((padded - depth) / 2 * kTilePairs) * 2);
+  pair_keys<E>(from, depth, to, kLineNumbers);
+  std::memset(to + depth / 2 * kLineNumbers, 0, static_cast<std::size_t>((padded - depth) / 2 * kLineNumbers) * 2);
 }
 
 // The values of a page to its pairs of a chunk's.
 template <class E>
 __attribute__((noipa)) void values_to_tiles(const typename E::T* from, std::int64_t depth, std::uint16_t* to) {
-  for (std::int64_t j = 0; j < kPageTokens; j += 2, from += 2 * depth, to += kTilePairs) {
+  for (std::int64_t j = 0; j < kPageTokens; j += 2, from += 2 * depth, to += kLineNumbers) {
     std::uint16_t* column = to;
     std::int64_t i = 0;
     for (; i + kWidth <= depth; i += kWidth, column += kColumn)
@@ -97,8 +95,8 @@ __attribute__((noipa)) void values_to_tiles(const typename E::T* from, std::int6
 
 // Values of a chunk with zeros in place of entries outside of a range; may be where they were.
 inline void keep_entries(const std::uint16_t* from, std::int64_t columns, const Range& range, std::uint16_t* to) {
-  for (std::int64_t at = 0; at < columns * kColumn; at += kTilePairs) {
-    const std::int64_t entry = at % kColumn / kTilePairs * 2;
+  for (std::int64_t at = 0; at < columns * kColumn; at += kLineNumbers) {
+    const std::int64_t entry = at % kColumn / kLineNumbers * 2;
     const auto within = [&](std::int64_t e) { return range.begin <= e && e < range.end; };
     const __mmask32 kept = (within(entry) ? 0x55555555u : 0u) | (within(entry + 1) ? 0xaaaaaaaau : 0u);
     _mm512_store_si512(to + at, _mm512_maskz_loadu_epi16(kept, from + at));
@@ -112,7 +110,7 @@ inline void copy_floats(const float* from, std::int64_t count, float* to) {
 // Whether values of a chunk are all finite.
 inline bool all_finite(const std::uint16_t* values, std::int64_t columns) {
   VecI most = _mm512_setzero_si512();
-  for (std::int64_t at = 0; at < columns * kColumn; at += kTilePairs)
+  for (std::int64_t at = 0; at < columns * kColumn; at += kLineNumbers)
     most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_load_si512(values + at), _mm512_set1_epi16(0x7fff)));
   return _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(0x7f80)) == 0;
 }

@@ -73,9 +73,10 @@ class RoundedSpan : BlockSpan<E> {
     for (int p = 0; p < kVecs; ++p) pages[p] = page(at_ + p * kWidth);
     const Unweighed nothing = unweighed(0, 0, w_.scores);
     std::int64_t before = 0;
-    NextChunk next(*this);
+    PagesAhead next = pages_ahead(at_ + kChunk);
+    const std::int64_t lines = ceil_div(next.lines(), tiles());
     by_tile([&](std::int64_t begin, std::int64_t end) {
-      next.ask();
+      next.ask(lines);
       const Unweighed fresh = vectors_seen(begin, end) > 0 ? score(begin, end, pages) : nothing;
       add_tile(before, begin, fresh);
       before = begin;
@@ -117,7 +118,7 @@ class RoundedSpan : BlockSpan<E> {
     weigh_all(others);
   }
 
-  std::int64_t tiles() const { return (count_ + kRoundedRows - 1) / kRoundedRows; }
+  std::int64_t tiles() const { return ceil_div(count_, kRoundedRows); }
 
   template <class Fn>
   void by_tile(Fn fn) const {
@@ -128,26 +129,6 @@ class RoundedSpan : BlockSpan<E> {
       begin = end;
     }
   }
-
-  // Asks for the pages of the next chunk, for some lines with each tile: all at once would have to wait.
-  class NextChunk {
-   public:
-    explicit NextChunk(const RoundedSpan& s)
-        : lines_(s.at_ + kChunk < s.last_ ? kv_head_bytes(s.a_.head_dim, s.a_.dtype) / 64 : 0),
-          step_((lines_ + s.tiles() - 1) / s.tiles()) {
-      for (int p = 0; p < kPages; ++p)
-        pages_[p] = reinterpret_cast<const char*>(s.page_ahead(s.at_ + kChunk + p * kPageTokens));
-    }
-    void ask() {
-      for (const std::int64_t stop = min64(lines_, line_ + step_); line_ < stop; ++line_)
-        for (const char* page : pages_) __builtin_prefetch(page + line_ * 64, 0, 2);
-    }
-
-   private:
-    const char* pages_[kPages];
-    std::int64_t lines_, step_;
-    std::int64_t line_ = 0;
-  };
 
   // Raises the tops of those queries whose bits are set.
   void raise(std::int64_t begin, std::int64_t end, unsigned raised, const float* scores) const {
@@ -236,8 +217,8 @@ class RoundedSpan : BlockSpan<E> {
   }
 
   using Base::a_, Base::b_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_;
-  using Base::by_range, Base::page, Base::page_ahead, Base::set_ranges, Base::values_at_, Base::vectors_seen,
-      Base::whole_;
+  using Base::by_range, Base::page, Base::page_ahead, Base::pages_ahead, Base::set_ranges, Base::values_at_,
+      Base::vectors_seen, Base::whole_;
 
   RoundedWorkspace w_;
   const bool direct_ = count_ <= kDirectRows && a_.head_dim % kWidth == 0;  // whether nothing is converted

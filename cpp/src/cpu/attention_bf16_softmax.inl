@@ -90,17 +90,21 @@ inline void hide(float* scores, std::int64_t queries, const Range* ranges) {
   }
 }
 
-// Raises the top of a query where its scores need it, and rescales what was summed so far.
-inline void raise_top(const float* scores, float& top, float* total, float* sums, std::int64_t stride) {
-  const auto at = [&](int p) { return load_f32(scores + p * kWidth); };
-  const VecF most = max(max(at(0), at(1)), max(at(2), at(3)));
-  if (!above(most, top)) return;
-  const float before = top, wanted = reduce_max(most) + kReserve;
+// Raises a top to what its largest score wants, and rescales what was summed so far.
+inline void raise_to(float most, float& top, float* total, float* sums, std::int64_t stride) {
+  const float before = top, wanted = most + kReserve;
   top = wanted > before ? wanted : before;
   if (before == -FLT_MAX) return;  // what saw nothing yet has sums of zero
   const VecF factor = exp2_down(set1(before - top));
   store_f32(total, mul(load_f32(total), factor));
   for (std::int64_t d = 0; d < stride; d += kWidth) store_f32(sums + d, mul(load_f32(sums + d), factor));
+}
+
+// Raises the top of a query where its scores need it, and rescales what was summed so far.
+inline void raise_top(const float* scores, float& top, float* total, float* sums, std::int64_t stride) {
+  const auto at = [&](int p) { return load_f32(scores + p * kWidth); };
+  const VecF most = max(max(at(0), at(1)), max(at(2), at(3)));
+  if (above(most, top)) raise_to(reduce_max(most), top, total, sums, stride);
 }
 
 }  // namespace

@@ -9,6 +9,23 @@ namespace {
 
 constexpr std::int64_t kQueries = 192;  // of a block: so many share the conversion of a chunk
 
+// Asks for pages, for some lines of each at a time: all at once would have to wait.
+class PagesAhead {
+ public:
+  PagesAhead() = default;
+  explicit PagesAhead(std::int64_t lines) : lines_(lines) {}
+  void set(int page, const void* at) { pages_[page] = static_cast<const char*>(at); }
+  std::int64_t lines() const { return lines_; }
+  void ask(std::int64_t lines) {
+    for (const std::int64_t stop = min64(lines_, line_ + lines); line_ < stop; ++line_)
+      for (const char* page : pages_) __builtin_prefetch(page + line_ * 64, 0, 2);
+  }
+
+ private:
+  const char* pages_[kPages] = {};
+  std::int64_t lines_ = 0, line_ = 0;
+};
+
 // E is the type of the cache, or of its values where keys have 8 bits.
 template <class E>
 class BlockSpan {
@@ -41,6 +58,13 @@ class BlockSpan {
   // The same for an entry that may be beyond the span and is only asked for.
   const T* page_ahead(std::int64_t entry) const {
     return static_cast<const T*>(b_.pages[min64(entry, last_ - 1) / kPageTokens]) + b_.kv_head * head_elements_;
+  }
+
+  // The pages of the chunk at an entry, which has no lines where nothing of it is seen.
+  PagesAhead pages_ahead(std::int64_t at) const {
+    PagesAhead ahead(at < last_ ? kv_head_bytes(a_.head_dim, a_.dtype) / 64 : 0);
+    for (int p = 0; p < kPages; ++p) ahead.set(p, page_ahead(at + p * kPageTokens));
+    return ahead;
   }
 
   // What each query sees of the chunk at an entry; most chunks are seen by all queries whole.

@@ -10,13 +10,11 @@
 namespace qtale::cpu::projection {
 namespace {
 
-constexpr std::int64_t kTileDepth = kTileLine / 2;    // numbers of a tile's line
 constexpr std::int64_t kTileEntries = 2 * kTileRows;  // that are multiplied at once
 constexpr std::int64_t kPanelRows = 2 * kTileRows;    // of x, likewise
 constexpr std::int64_t kPanelSums = kTileEntries * kPanelRows;
-constexpr std::int64_t kFewLanes = 4;     // rows of x that have narrow tiles
-constexpr std::int64_t kSharedSteps = 8;  // tiles of the depth that L1 keeps while all rows meet them
-constexpr std::int64_t kTileNumbers = kTileBytes / 2;
+constexpr std::int64_t kFewLanes = 4;        // rows of x that have narrow tiles
+constexpr std::int64_t kSharedSteps = 8;     // tiles of the depth that L1 keeps while all rows meet them
 constexpr std::int64_t kTileAhead = 512;     // bytes of each stream that are asked for in advance
 constexpr int kEntryTile = 4, kRowTile = 6;  // the first of two; those before hold sums
 
@@ -26,7 +24,7 @@ struct TilePanels {
   std::int64_t steps, tiles, lanes;
 
   TilePanels(std::int64_t rows, std::int64_t depth)
-      : steps(ceil_div(depth, kTileDepth)),
+      : steps(ceil_div(depth, kLineNumbers)),
         tiles(rows > kTileRows ? 2 : 1),
         lanes(rows > kFewLanes ? kTileRows : kFewLanes) {}
   std::int64_t line() const { return lanes * std::int64_t{sizeof(float)}; }  // bytes
@@ -42,7 +40,7 @@ inline std::size_t amx_packed_bytes(std::int64_t rows, std::int64_t depth) {
 // Numbers of a line, of which `depth` are there.
 template <class E>
 QTALE_INLINE VecF load_line(const typename E::T* from, std::int64_t depth) {
-  return depth >= kTileDepth ? PairLane::load<E>(from) : load_lanes<PairLane, E>(from, depth / PairLane::kNumbers);
+  return depth >= kLineNumbers ? PairLane::load<E>(from) : load_lanes<PairLane, E>(from, depth / PairLane::kNumbers);
 }
 
 // Up to 16 rows of one step, at least one.
@@ -66,9 +64,9 @@ inline void pack_row_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_
   for (std::int64_t row = begin; row < end; row += kPanelRows)
     for (std::int64_t step = 0; step < panels.steps; ++step)
       for (std::int64_t r = row; r < row + panels.tiles * kTileRows; r += kTileRows, to += panels.tile_pairs()) {
-        const auto* x = static_cast<const float*>(a.x.data) + r * a.x.stride + step * kTileDepth;
+        const auto* x = static_cast<const float*>(a.x.data) + r * a.x.stride + step * kLineNumbers;
         const std::int64_t rows = min64(kTileRows, a.rows - r);
-        if (rows > 0) pack_row_tile(x, a.x.stride, rows, a.depth - step * kTileDepth, panels.lanes, to);
+        if (rows > 0) pack_row_tile(x, a.x.stride, rows, a.depth - step * kLineNumbers, panels.lanes, to);
       }
 }
 
@@ -81,7 +79,7 @@ inline TileShapes product_shapes(const TilePanels& x) {
 
 template <class E>
 const typename E::T* entry_at(const ProjectArgs& a, std::int64_t entry, std::int64_t step) {
-  return static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride + step * kTileDepth;
+  return static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride + step * kLineNumbers;
 }
 
 // Entries times all rows: 32 entries at a time, whose numbers are copied to tiles for some steps of
@@ -130,11 +128,11 @@ class ManyRowTiles {
                     const typename E::T* next) const {
     for (std::int64_t e = 0; e < count; ++e, next += a_.matrix.stride) {
       const typename E::T* from = entry_at<E>(a_, entry + e, step);
-      std::uint16_t* to = entries_ + (e / kTileRows * steps * kTileRows + e % kTileRows) * kTileDepth;
-      for (std::int64_t s = 0; s < steps; ++s, from += kTileDepth, to += kTileNumbers) {
-        for (std::int64_t i = 0; i < kTileDepth; i += 64 / std::int64_t{sizeof(*from)})
-          __builtin_prefetch(next + s * kTileDepth + i, 0, 2);
-        _mm512_store_ps(to, load_line<E>(from, a_.depth - (step + s) * kTileDepth));
+      std::uint16_t* to = entries_ + (e / kTileRows * steps * kTileRows + e % kTileRows) * kLineNumbers;
+      for (std::int64_t s = 0; s < steps; ++s, from += kLineNumbers, to += kTileNumbers) {
+        for (std::int64_t i = 0; i < kLineNumbers; i += 64 / std::int64_t{sizeof(*from)})
+          __builtin_prefetch(next + s * kLineNumbers + i, 0, 2);
+        _mm512_store_ps(to, load_line<E>(from, a_.depth - (step + s) * kLineNumbers));
       }
     }
   }
@@ -225,7 +223,7 @@ class FewRowTiles {
       for (std::int64_t s = 0; s < kRing - 1; ++s) copy(entries, s);
     for (std::int64_t s = 0; s < x_.steps; ++s) {
       if constexpr (Direct) {
-        load_tile<kEntryTile>(entries.at + s * kTileDepth, 2 * entries.apart);
+        load_tile<kEntryTile>(entries.at + s * kLineNumbers, 2 * entries.apart);
         ask(entries, s);
       } else {
         copy(entries, s + kRing - 1);
@@ -244,19 +242,19 @@ class FewRowTiles {
 
   void copy(const Entries& entries, std::int64_t step) const {
     if (step >= x_.steps) return;
-    const typename E::T* from = entries.at + step * kTileDepth;
+    const typename E::T* from = entries.at + step * kLineNumbers;
     std::uint16_t* const to = ring_ + step % kRing * kTileNumbers;
-    const std::int64_t depth = a_.depth - step * kTileDepth;
+    const std::int64_t depth = a_.depth - step * kLineNumbers;
     ask(entries, step);
     for (int e = 0; e < kTileRows; ++e, from += entries.apart)
-      _mm512_store_ps(to + e * kTileDepth, load_line<E>(from, depth));
+      _mm512_store_ps(to + e * kLineNumbers, load_line<E>(from, depth));
   }
 
   static void ask(const Entries& entries, std::int64_t step) {
-    const auto* ahead = reinterpret_cast<const char*>(entries.at + step * kTileDepth) + kTileAhead;
+    const auto* ahead = reinterpret_cast<const char*>(entries.at + step * kLineNumbers) + kTileAhead;
     const std::int64_t apart = entries.apart * std::int64_t{sizeof(*entries.at)};
     for (int e = 0; e < kTileRows; ++e, ahead += apart)
-      for (std::int64_t i = 0; i < kTileDepth * std::int64_t{sizeof(*entries.at)}; i += 64)
+      for (std::int64_t i = 0; i < kLineNumbers * std::int64_t{sizeof(*entries.at)}; i += 64)
         __builtin_prefetch(ahead + i);
   }
 
@@ -271,7 +269,7 @@ template <class E>
 void store_entries(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Store& sink) {
   constexpr bool kBf16 = std::is_same_v<E, Bf16>;
   if (a.rows <= kPanelRows) {
-    const bool direct = kBf16 && a.depth % kTileDepth == 0;
+    const bool direct = kBf16 && a.depth % kLineNumbers == 0;
     begin = direct ? FewRowTiles<E, kBf16>(a, scratch, sink).run(begin, end)
                    : FewRowTiles<E, false>(a, scratch, sink).run(begin, end);
   }
