@@ -24,11 +24,15 @@ struct Prefetch {
   std::int64_t pace;
   const std::uint8_t* at(const std::uint8_t* weights) const { return to + (((weights - from) * pace) >> 6); }
 };
-// Bytes ahead of the weights in use. QTALE_FAR_MEMORY: for CPUs with more latency than their L1 has line buffers for.
+// QTALE_FAR_MEMORY: for CPUs with more latency than their L1 has line buffers for. kAhead, kNear: bytes ahead of the
+// weights in use. kStreamFewRows: results of few rows bypass the caches, because their lines, fetched among those of
+// the weights, cost more than ten times their bytes.
 #ifdef QTALE_FAR_MEMORY
 constexpr std::int64_t kAhead = 3072, kNear = 512;
+constexpr bool kStreamFewRows = true;
 #else
 constexpr std::int64_t kAhead = 8192, kNear = 0;
+constexpr bool kStreamFewRows = false;
 #endif
 inline Prefetch prefetch_ahead(const std::uint8_t* weights) { return {weights, weights + kAhead, 64}; }
 
@@ -44,11 +48,14 @@ inline Prefetch prefetch_share(const std::uint8_t* weights, std::int64_t size, s
 // is their limit and reading them from L2 would get in its way.
 constexpr std::int64_t stretch_bytes(int num_bits) { return num_bits == 8 ? 17600 : 68000; }
 
+inline bool can_stream(const RowsOut& y) {
+  return y.dtype == DType::f32 && y.stride % 16 == 0 && reinterpret_cast<std::uintptr_t>(y.data) % 64 == 0;
+}
+
 // Large float32 results bypass the caches: lines of y would be read from memory only to be overwritten.
 inline bool streams(const RowsOut& y, std::int64_t rows, std::int64_t n) {
   constexpr std::int64_t kLarge = std::int64_t{8} << 20;
-  return y.dtype == DType::f32 && rows * n * 4 >= kLarge && y.stride % 16 == 0 &&
-         reinterpret_cast<std::uintptr_t>(y.data) % 64 == 0;
+  return rows * n * 4 >= kLarge && can_stream(y);
 }
 
 // Asks for the lines of y that a tile will write: a store waits for its line, and others queue behind it.
@@ -89,8 +96,9 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
   const std::int64_t tiles = (count + tile_rows - 1) / tile_rows, most = stretch_bytes(a.layout->num_bits);
   const std::int64_t stretches = tiles == 1 ? 1 : (panel_bytes + most - 1) / most;
   const std::int64_t step = (groups + stretches - 1) / stretches;
+  const bool stream = kStreamFewRows && can_stream(a.y);
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    claim_outputs(a, panel, rows.begin, count);
+    if (!stream) claim_outputs(a, panel, rows.begin, count);
     for (std::int64_t g = 0; g < groups; g += step) {
       const std::int64_t end = min64(groups, g + step);
       const std::int64_t after = end < groups ? min64(groups, end + step) - end : panel + 1 < panels.end ? step : 0;
@@ -103,8 +111,9 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
       }
     }
     finish(panel, rows.begin, count, out);
-    store_tile(a, panel, rows.begin, count, out, false);
+    store_tile(a, panel, rows.begin, count, out, stream);
   }
+  if (stream) _mm_sfence();
 }
 
 // Many rows: each tile runs through the whole panel, which stays in L2.
