@@ -186,7 +186,8 @@ TEST_CASE("qmatmul: several weights with one input have the bits of single calls
             column += weight.shape.n;
           }
           REQUIRE(column == kWide);
-          qmatmul(x.view(rows), parts, compute);
+          const std::vector<TensorView> next{parts.back().prepacked, parts.front().prepacked};
+          qmatmul(x.view(rows), parts, compute, next);
           std::int64_t wrong = 0;
           for (std::size_t i = 0; i < parts.size(); ++i) {
             const std::int64_t n = parts[i].y.shape[1];

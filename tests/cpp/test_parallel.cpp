@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -83,6 +84,53 @@ TEST_CASE("parallel_for: ranges are disjoint, cover everything and respect the g
         CHECK(next == size);
       }
     }
+  }
+}
+
+TEST_CASE("parallel_for: each thread begins with its own share", "[threads]") {
+  constexpr int kThreads = 3;
+  const ThreadScope scope(kThreads);
+  for (const std::int64_t grain : {1, 7}) {
+    constexpr std::int64_t kSize = 100;
+    const std::int64_t share = thread_share(kSize, grain);
+    CHECK(share * kThreads >= kSize);
+    std::mutex mutex;
+    std::map<std::thread::id, std::int64_t> first;
+    std::atomic<std::size_t> count{0};
+    const std::vector<std::byte> memory(1000);
+    const Upcoming next[] = {{memory.data(), 1000}, {memory.data() + 1, 63}, {}, {memory.data(), 64}};
+    for (const std::size_t given : {0, 2, 4})
+      parallel_for(
+          kSize, grain,
+          [&](std::int64_t begin, std::int64_t) {
+            {
+              const std::lock_guard lock(mutex);
+              first.emplace(std::this_thread::get_id(), begin);
+              count = first.size();
+            }
+            while (count < kThreads) std::this_thread::yield();
+          },
+          std::span(next).first(given));
+    std::set<std::int64_t> begins;
+    for (const auto& [thread, begin] : first) begins.insert(begin);
+    CHECK(begins == std::set<std::int64_t>{0, share, 2 * share});
+  }
+}
+
+TEST_CASE("parallel_for: what a delayed thread has not begun is done by the others", "[threads]") {
+  const ThreadScope scope(3);
+  constexpr std::int64_t kSize = 100;
+  for (const std::int64_t delayed : {std::int64_t{0}, thread_share(kSize, 1)}) {
+    const auto completes = [&] {
+      std::atomic<std::int64_t> left{kSize};
+      parallel_for(kSize, 1, [&](std::int64_t begin, std::int64_t end) {
+        if (begin == delayed)
+          while (left > end - begin) std::this_thread::yield();
+        left -= end - begin;
+      });
+      return left == 0;
+    };
+    CHECK(status_of_child(completes) == 0);
   }
 }
 

@@ -68,13 +68,15 @@ void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView*
              Compute compute);
 
 // The same for several weights that read one x, as queries, keys and values do: its activations are prepared once, and
-// threads meet once. The results have the bits of single calls.
+// threads meet once. The results have the bits of single calls. next: prepacked weights of the product that follows;
+// threads that wait bring parts of them near.
 struct QmatmulWeight {
   TensorView prepacked;
   const TensorView* bias;
   TensorView y;
 };
-void qmatmul(const TensorView& x, std::span<const QmatmulWeight> weights, Compute compute);
+void qmatmul(const TensorView& x, std::span<const QmatmulWeight> weights, Compute compute,
+             std::span<const TensorView> next = {});
 
 // The k largest of x[r] . matrix[e] over the entries e of a vocabulary, without storing the products.
 //   x [rows, depth] f32; matrix [entries, depth] f32|f16|bf16, its rows may be apart; values [rows, k] f32, descending;

@@ -1,7 +1,9 @@
 // A small persistent thread pool of our own: two OpenMP runtimes beside torch give stalls and wrong results.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 
 namespace qtale {
@@ -23,20 +25,30 @@ class ThreadLimit {
   int before_;
 };
 
+// Memory that a thread will read first in a later call: it brings it near while it waits.
+struct Upcoming {
+  const std::byte* data = nullptr;
+  std::int64_t bytes = 0;
+};
+
+// In parallel_for(size, grain), thread t begins at t times this, and reads on from there.
+std::int64_t thread_share(std::int64_t size, std::int64_t grain);
+
 namespace detail {
 using RangeFn = void (*)(void* context, std::int64_t begin, std::int64_t end);
-void parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, void* context);
+void parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, void* context, std::span<const Upcoming> next);
 }  // namespace detail
 
 // Calls fn(begin, end) on disjoint ranges that cover [0, size), each at least `grain` long but for the last one.
 // Runs on the caller alone when another thread already uses the pool or when called from inside a range.
 // The first exception of a range is rethrown to the caller.
+// next: what each thread, the caller first, will read in one of the calls to come.
 template <class Fn>
-void parallel_for(std::int64_t size, std::int64_t grain, Fn&& fn) {
+void parallel_for(std::int64_t size, std::int64_t grain, Fn&& fn, std::span<const Upcoming> next = {}) {
   auto call = [](void* context, std::int64_t begin, std::int64_t end) {
     (*static_cast<std::remove_reference_t<Fn>*>(context))(begin, end);
   };
-  detail::parallel_ranges(size, grain, call, const_cast<void*>(static_cast<const void*>(&fn)));
+  detail::parallel_ranges(size, grain, call, const_cast<void*>(static_cast<const void*>(&fn)), next);
 }
 
 }  // namespace qtale

@@ -12,9 +12,11 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
+#include "core/integers.h"
 #include "core/text.h"
 
 namespace qtale {
@@ -22,7 +24,7 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kSpins = 4000;        // some tens of microseconds: the gap between two layers of one model
-constexpr std::int64_t kShare = 2;  // a range is this part of what each thread has left to do
+constexpr std::uint32_t kPart = 2;  // a range is this part of what a thread has left to do
 thread_local bool inside_range = false;
 thread_local int thread_limit = 0;  // 0: none of its own
 
@@ -51,38 +53,103 @@ int initial_threads() {
   return available_cpus();
 }
 
+// Brings memory into the second cache a few lines at a time.
+class Ahead {
+ public:
+  Ahead() = default;
+  explicit Ahead(const Upcoming& memory) : at_(memory.data), left_(memory.bytes) {}
+
+  bool step() {
+    for (int line = 0; line < kLines && left_ > 0; ++line, at_ += kLine, left_ -= kLine) __builtin_prefetch(at_, 0, 2);
+    return left_ > 0;
+  }
+
+ private:
+  static constexpr int kLines = 8;  // about as many as are on their way at once
+  static constexpr std::int64_t kLine = 64;
+
+  const std::byte* at_ = nullptr;
+  std::int64_t left_ = 0;
+};
+
+// The grains that one thread has to do. It takes them from the front, so that it reads on through memory, and others
+// that have done theirs take them from the back. Ranges get shorter and shorter: long ones run well, and with short
+// ones at the end all threads end together, also where the host has delayed some.
+class alignas(64) Share {
+ public:
+  void set(std::uint32_t begin, std::uint32_t end) { ends_.store(pack(begin, end), std::memory_order_relaxed); }
+
+  struct Range {
+    std::uint32_t begin, end;
+  };
+  std::optional<Range> take(bool front) {
+    std::uint64_t ends = ends_.load(std::memory_order_relaxed);
+    for (;;) {
+      const auto begin = static_cast<std::uint32_t>(ends >> 32), end = static_cast<std::uint32_t>(ends);
+      if (begin >= end) return std::nullopt;
+      const std::uint32_t count = std::max(1U, (end - begin) / kPart), middle = front ? begin + count : end - count;
+      const std::uint64_t left = front ? pack(middle, end) : pack(begin, middle);
+      if (!ends_.compare_exchange_weak(ends, left, std::memory_order_relaxed)) continue;
+      return front ? Range{begin, middle} : Range{middle, end};
+    }
+  }
+
+ private:
+  static std::uint64_t pack(std::uint32_t begin, std::uint32_t end) { return std::uint64_t{begin} << 32 | end; }
+
+  std::atomic<std::uint64_t> ends_{0};
+};
+
+// How a call is cut: grains of equal length, as many for each thread as for any other.
+struct Cut {
+  std::int64_t grain, grains, share;
+
+  Cut(std::int64_t size, std::int64_t least_grain, int threads)
+      : grain(std::max({std::int64_t{1}, least_grain, ceil_div(size, kMostGrains)})),
+        grains(ceil_div(size, grain)),
+        share(ceil_div(grains, threads)) {}
+
+ private:
+  static constexpr std::int64_t kMostGrains = std::int64_t{1} << 31;
+};
+
 struct Job {
   detail::RangeFn fn;
   void* context;
   std::int64_t size;
-  std::int64_t grain;
-  std::int64_t threads;
-  std::atomic<std::int64_t> next{0};
+  Cut cut;
+  std::span<const Upcoming> upcoming;
+  std::span<Share> shares;  // of each thread
   std::mutex error_mutex;
   std::exception_ptr error;
 
-  // Ranges get shorter and shorter: long ones run well, and with short ones at the end all threads end together, also
-  // where the host has delayed some.
-  std::int64_t end_of_range(std::int64_t begin) const {
-    return std::min(size, begin + std::max(grain, (size - begin) / (threads * kShare)));
+  // Call before the threads work.
+  void deal() {
+    for (std::size_t t = 0; t < shares.size(); ++t) {
+      const std::int64_t begin = static_cast<std::int64_t>(t) * cut.share;
+      shares[t].set(static_cast<std::uint32_t>(std::min(cut.grains, begin)),
+                    static_cast<std::uint32_t>(std::min(cut.grains, begin + cut.share)));
+    }
   }
 
-  void work() {
+  void work(std::size_t thread) {
     inside_range = true;
-    for (std::int64_t begin = next.load(std::memory_order_relaxed);;) {
-      if (begin >= size) break;
-      const std::int64_t end = end_of_range(begin);
-      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      try {
-        fn(context, begin, end);
-      } catch (...) {
-        const std::lock_guard lock(error_mutex);
-        if (!error) error = std::current_exception();
-        next.store(size, std::memory_order_relaxed);
-      }
-      begin = next.load(std::memory_order_relaxed);
+    for (std::size_t i = 0; i < shares.size(); ++i) {
+      Share& share = shares[(thread + i) % shares.size()];
+      while (const auto range = share.take(i == 0)) run(*range);
     }
     inside_range = false;
+  }
+
+ private:
+  void run(const Share::Range& range) {
+    try {
+      fn(context, range.begin * cut.grain, std::min(size, range.end * cut.grain));
+    } catch (...) {
+      const std::lock_guard lock(error_mutex);
+      if (!error) error = std::current_exception();
+      for (Share& share : shares) share.set(0, 0);
+    }
   }
 };
 
@@ -98,19 +165,24 @@ class Pool {
   // On the caller and threads - 1 workers.
   void run(Job& job, int threads) {
     const auto helpers = static_cast<std::size_t>(threads - 1);
-    while (workers_.size() < helpers) workers_.push_back(std::make_unique<Worker>(*this));
+    while (workers_.size() < helpers) workers_.push_back(std::make_unique<Worker>(*this, workers_.size() + 1));
+    if (shares_.size() <= helpers) shares_ = std::vector<Share>(helpers + 1);
+    job.shares = std::span(shares_).first(helpers + 1);
+    job.deal();
+    if (!job.upcoming.empty()) ahead_ = Ahead(job.upcoming[0]);
     {
       const std::lock_guard lock(mutex_);
       for (std::size_t i = 0; i < helpers; ++i) workers_[i]->give(&job);
     }
     for (std::size_t i = 0; i < helpers; ++i) workers_[i]->wake();
-    job.work();
+    job.work(0);
     {
       const std::lock_guard lock(mutex_);
       // A worker that wakes up only now finds nothing to join and holds nobody up.
       for (std::size_t i = 0; i < helpers; ++i) workers_[i]->take_back();
     }
     for (int spin = 0; active_.load(std::memory_order_acquire) != 0; ++spin) {
+      if (ahead_.step()) continue;
       if (spin < kSpins) {
         relax();
       } else {
@@ -122,7 +194,7 @@ class Pool {
  private:
   class alignas(64) Worker {
    public:
-    explicit Worker(Pool& pool) : pool_(pool) {
+    Worker(Pool& pool, std::size_t thread) : pool_(pool), thread_(thread) {
       std::thread([this] { loop(); }).detach();
     }
 
@@ -148,7 +220,8 @@ class Pool {
           if (job != nullptr) pool_.active_.fetch_add(1, std::memory_order_relaxed);
         }
         if (job == nullptr) continue;
-        job->work();
+        if (thread_ < job->upcoming.size()) ahead_ = Ahead(job->upcoming[thread_]);
+        job->work(thread_);
         pool_.active_.fetch_sub(1, std::memory_order_release);
       }
     }
@@ -157,7 +230,7 @@ class Pool {
       for (int spin = 0; spin < kSpins; ++spin) {
         const std::uint64_t now = calls_.load(std::memory_order_acquire);
         if (now != seen) return now;
-        relax();
+        if (!ahead_.step()) relax();
       }
       std::unique_lock lock(pool_.mutex_);
       asleep_.store(true, std::memory_order_release);
@@ -167,6 +240,8 @@ class Pool {
     }
 
     Pool& pool_;
+    const std::size_t thread_;  // the caller is 0
+    Ahead ahead_;               // its own thread's alone
     std::atomic<std::uint64_t> calls_{0};
     std::atomic<bool> asleep_{false};
     Job* job_ = nullptr;
@@ -176,6 +251,8 @@ class Pool {
   const pid_t owner_;
   std::mutex mutex_;
   std::atomic<int> active_{0};
+  Ahead ahead_;  // of the caller
+  std::vector<Share> shares_;
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 
@@ -215,14 +292,19 @@ ThreadLimit::ThreadLimit(int count) : before_(thread_limit) {
 
 ThreadLimit::~ThreadLimit() { thread_limit = before_; }
 
-void detail::parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, void* context) {
+std::int64_t thread_share(std::int64_t size, std::int64_t grain) {
+  const Cut cut(size, grain, num_threads());
+  return cut.share * cut.grain;
+}
+
+void detail::parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, void* context,
+                             std::span<const Upcoming> next) {
   if (size <= 0) return;
-  grain = std::max<std::int64_t>(grain, 1);
   const int threads = num_threads();
-  if (size <= grain || inside_range || threads == 1) return fn(context, 0, size);
+  if (size <= std::max<std::int64_t>(grain, 1) || inside_range || threads == 1) return fn(context, 0, size);
   const std::unique_lock lock(pool_mutex(), std::try_to_lock);
   if (!lock) return fn(context, 0, size);
-  Job job{fn, context, size, grain, threads, {}, {}, {}};
+  Job job{fn, context, size, Cut(size, grain, threads), next, {}, {}, {}};
   pool().run(job, threads);
   if (job.error) std::rethrow_exception(job.error);
 }

@@ -20,15 +20,19 @@ void prepack(const PrepackedInfo& info, const std::int8_t* codes, const void* sc
 PrepackedInfo prepacked_info(const std::uint8_t* buffer, std::int64_t bytes);
 void unprepack(const std::uint8_t* buffer, std::int64_t bytes, std::int8_t* codes, void* scale,
                std::int8_t* zero_point);
+struct PrepackedBuffer {
+  const std::uint8_t* data;
+  std::int64_t bytes;
+};
 // One weight of several that multiply the same x; y [rows, out_features], bias [out_features] float32 or nullptr.
 struct QmatmulPart {
-  const std::uint8_t* buffer;
-  std::int64_t bytes;
+  PrepackedBuffer weight;
   const float* bias;
   RowsOut y;
 };
-// x [rows, in_features].
-void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn& x, Compute compute);
+// x [rows, in_features]; next: the weights of the product that follows, of which threads that wait bring parts near.
+void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn& x, Compute compute,
+             std::span<const PrepackedBuffer> next);
 
 // values and indices [rows, k]; throws InputError naming the first row whose products hold NaN.
 void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,

@@ -16,9 +16,10 @@ namespace {
 constexpr std::int64_t kPrepareGrain = 65536;  // activation elements worth a second thread
 constexpr std::int64_t kRunGrain = 262144;     // multiply-adds worth a second thread
 constexpr std::int64_t kLeastShare = 4;        // ranges of a product that is worth it may be this much shorter
+constexpr std::int64_t kAheadBytes = 262144;   // of the next product, for each thread: as much as comes while it waits
 
-Prepacked open(const QmatmulPart& part, const KernelTable& table) {
-  const Prepacked weight = open_prepacked(part.buffer, part.bytes);
+Prepacked open(const PrepackedBuffer& buffer, const KernelTable& table) {
+  const Prepacked weight = open_prepacked(buffer.data, buffer.bytes);
   if (weight.layout.panel_rows != table.panel_rows)
     fail_input(
         "qmatmul: the weight was prepacked in panels of {} rows, but the kernels in use ({}) read {}; "
@@ -41,68 +42,111 @@ void prepare(const MatmulKernel& kernel, const MatmulArgs& args) {
   });
 }
 
-// Weights side by side that read the same prepared activations. Tasks run through all panels of one block of rows
-// before the next block.
-class Product {
+// How weights side by side are cut into tasks, which run through all panels of one block of rows before the next block.
+class Tasks {
  public:
-  Product(const MatmulKernel& kernel, std::span<const MatmulArgs> parts) : kernel_(kernel), parts_(parts) {
-    for (const MatmulArgs& part : parts) panels_ += part.layout->panels;
-    blocks_ = ceil_div(rows(), kernel.row_block);
-    block_ = ceil_div(rows(), std::max<std::int64_t>(1, blocks_) * kernel.row_tile) * kernel.row_tile;
+  Tasks(const MatmulKernel& kernel, std::span<const Prepacked> weights, std::int64_t rows)
+      : weights_(weights), rows_(rows) {
+    for (const Prepacked& weight : weights) panels_ += weight.layout.panels;
+    blocks_ = ceil_div(rows, kernel.row_block);
+    block_ = ceil_div(rows, std::max<std::int64_t>(1, blocks_) * kernel.row_tile) * kernel.row_tile;
   }
 
-  void run() const {
-    const Layout& l = *parts_[0].layout;
-    const std::int64_t rows_at_once = std::min(rows(), block_);
-    const std::int64_t work = std::max<std::int64_t>(1, l.panel_rows * l.k * rows_at_once);
-    const std::int64_t tasks = blocks_ * panels_, worth = ceil_div(kRunGrain, work);
-    const std::int64_t grain = tasks <= worth ? worth : ceil_div(worth, kLeastShare);
-    parallel_for(tasks, grain, [&](std::int64_t begin, std::int64_t end) {
-      thread_local Scratch own;
-      std::byte* scratch =
-          kernel_.scratch_bytes == nullptr ? nullptr : own.reserve(kernel_.scratch_bytes(l, rows_at_once));
-      while (begin < end) begin = run_some(begin, end, scratch);
-    });
+  struct Place {
+    std::size_t weight;
+    std::int64_t panel, row_begin, row_end;
+  };
+  Place at(std::int64_t task) const {
+    Place place{0, task % panels_, task / panels_ * block_, 0};
+    place.row_end = std::min(rows_, place.row_begin + block_);
+    for (; place.panel >= panels(place.weight); ++place.weight) place.panel -= panels(place.weight);
+    return place;
+  }
+  std::int64_t panels(std::size_t weight) const { return weights_[weight].layout.panels; }
+
+  std::int64_t size() const { return blocks_ * panels_; }
+  std::int64_t rows_at_once() const { return std::min(rows_, block_); }
+  std::int64_t grain() const {
+    const Layout& l = weights_[0].layout;
+    const std::int64_t worth = ceil_div(kRunGrain, std::max<std::int64_t>(1, l.panel_rows * l.k * rows_at_once()));
+    return size() <= worth ? worth : ceil_div(worth, kLeastShare);
+  }
+
+  // What each thread reads first.
+  std::vector<Upcoming> first_reads() const {
+    std::vector<Upcoming> reads(static_cast<std::size_t>(num_threads()));
+    const std::int64_t share = thread_share(size(), grain());
+    for (std::int64_t t = 0; t < std::ssize(reads) && t * share < size(); ++t) {
+      const Place place = at(t * share);
+      const Prepacked& weight = weights_[place.weight];
+      const std::int64_t bytes = weight.layout.panel_bytes, count = std::min(share, panels(place.weight) - place.panel);
+      reads[static_cast<std::size_t>(t)] = {reinterpret_cast<const std::byte*>(weight.panels + place.panel * bytes),
+                                            std::min(kAheadBytes, count * bytes)};
+    }
+    return reads;
   }
 
  private:
-  std::int64_t rows() const { return parts_[0].rows; }
-
-  // Runs those of tasks [begin, end) that lie in the part and row block of the first; returns where they end.
-  std::int64_t run_some(std::int64_t begin, std::int64_t end, std::byte* scratch) const {
-    const std::int64_t row_block = begin / panels_;
-    std::int64_t panel = begin % panels_;
-    std::size_t part = 0;
-    for (; panel >= parts_[part].layout->panels; ++part) panel -= parts_[part].layout->panels;
-    const std::int64_t stop = std::min(parts_[part].layout->panels, panel + (end - begin));
-    MatmulArgs args = parts_[part];
-    args.scratch = scratch;
-    kernel_.run(args, panel, stop, row_block * block_, std::min(rows(), (row_block + 1) * block_));
-    return begin + stop - panel;
-  }
-
-  const MatmulKernel& kernel_;
-  std::span<const MatmulArgs> parts_;
+  std::span<const Prepacked> weights_;
+  std::int64_t rows_;
   std::int64_t panels_ = 0;
   std::int64_t blocks_ = 0, block_ = 0;  // of rows: how many, how long
 };
 
+// The leading ones of `weights` that read the same prepared activations.
+std::span<const Prepacked> together(std::span<const Prepacked> weights) {
+  std::size_t count = 1;
+  while (count < weights.size() && same_inputs(weights[0].layout, weights[count].layout)) ++count;
+  return weights.first(count);
+}
+
+std::vector<Upcoming> first_reads(const KernelTable& table, const MatmulKernel& kernel,
+                                  std::span<const PrepackedBuffer> buffers, std::int64_t rows) {
+  if (buffers.empty() || num_threads() == 1) return {};
+  std::vector<Prepacked> weights;
+  for (const PrepackedBuffer& buffer : buffers) weights.push_back(open(buffer, table));
+  return Tasks(kernel, together(weights), rows).first_reads();
+}
+
+// args: of each weight.
+void run(const MatmulKernel& kernel, const Tasks& tasks, std::span<const MatmulArgs> args,
+         std::span<const Upcoming> next) {
+  const auto run_range = [&](std::int64_t begin, std::int64_t end) {
+    thread_local Scratch own;
+    std::byte* scratch = kernel.scratch_bytes == nullptr
+                             ? nullptr
+                             : own.reserve(kernel.scratch_bytes(*args[0].layout, tasks.rows_at_once()));
+    while (begin < end) {
+      const Tasks::Place place = tasks.at(begin);
+      const std::int64_t stop = std::min(tasks.panels(place.weight), place.panel + (end - begin));
+      MatmulArgs mine = args[place.weight];
+      mine.scratch = scratch;
+      kernel.run(mine, place.panel, stop, place.row_begin, place.row_end);
+      begin += stop - place.panel;
+    }
+  };
+  parallel_for(tasks.size(), tasks.grain(), run_range, next);
+}
+
 }  // namespace
 
-void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn& x, Compute compute) {
+void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn& x, Compute compute,
+             std::span<const PrepackedBuffer> next) {
   const KernelTable& table = kernels();
   const MatmulKernel& kernel = compute == Compute::int8 ? table.int8 : table.floating;
   std::vector<Prepacked> weights;
-  for (const QmatmulPart& part : parts) weights.push_back(open(part, table));
+  for (const QmatmulPart& part : parts) weights.push_back(open(part.weight, table));
+  const std::vector<Upcoming> upcoming = first_reads(table, kernel, next, rows);
   thread_local Scratch scratch;
   for (std::size_t first = 0; first < parts.size();) {
-    std::byte* workspace = scratch.reserve(kernel.workspace_bytes(weights[first].layout, rows));
-    std::vector<MatmulArgs> together;
-    for (std::size_t i = first; i < parts.size() && same_inputs(weights[first].layout, weights[i].layout); ++i)
-      together.push_back({&weights[i].layout, weights[i].panels, rows, x, workspace, parts[i].bias, parts[i].y});
-    prepare(kernel, together[0]);
-    Product(kernel, together).run();
-    first += together.size();
+    const std::span<const Prepacked> some = together(std::span<const Prepacked>(weights).subspan(first));
+    std::byte* workspace = scratch.reserve(kernel.workspace_bytes(some[0].layout, rows));
+    std::vector<MatmulArgs> args;
+    for (std::size_t i = 0; i < some.size(); ++i)
+      args.push_back({&some[i].layout, some[i].panels, rows, x, workspace, parts[first + i].bias, parts[first + i].y});
+    prepare(kernel, args[0]);
+    run(kernel, Tasks(kernel, some, rows), args, upcoming);
+    first += some.size();
   }
 }
 

@@ -38,7 +38,7 @@ class Block {
     store_keys_and_values(qkv, cached);
     if (in_.wanted.empty()) return;
     const TensorView attended = attend(qkv, cached);
-    add(attended, in_.layer.o);
+    add(attended, in_.layer.o, in_.layer.gate_up);
     feed_forward();
   }
 
@@ -66,7 +66,7 @@ class Block {
     const TensorView qkv = memory_.matrix(Buffer::qkv, std::ssize(rows), queries() + 2 * keys());
     const TensorView x = normed(rows, in_.layer.input_norm);
     const bool queried = !in_.wanted.empty();
-    multiply(x, in_.layer.qkv, qkv, spec_.compute, queried ? 0 : queries());
+    multiply(x, in_.layer.qkv, qkv, spec_.compute, in_.layer.o, queried ? 0 : queries());
     if (queried) finish(columns(qkv, 0, queries()), in_.layer.q_norm, rows);
     finish(columns(qkv, queries(), keys()), in_.layer.k_norm, rows);
     return qkv;
@@ -140,19 +140,19 @@ class Block {
   }
 
   // residual += x times the projection.
-  void add(const TensorView& x, const Projection& projection) {
+  void add(const TensorView& x, const Projection& projection, std::span<const Matrix> next) {
     const TensorView delta = memory_.matrix(Buffer::delta, x.shape[0], spec_.hidden_size);
-    multiply(x, projection, delta, spec_.compute);
+    multiply(x, projection, delta, spec_.compute, next);
     scatter_add_rows(delta, indices_of(in_.wanted), nullptr, in_.residual);
   }
 
   void feed_forward() {
     const TensorView x = normed(in_.wanted, in_.layer.post_norm);
     const TensorView gate_up = memory_.matrix(Buffer::gate_up, x.shape[0], 2 * spec_.intermediate_size);
-    multiply(x, in_.layer.gate_up, gate_up, spec_.compute);
+    multiply(x, in_.layer.gate_up, gate_up, spec_.compute, in_.layer.down);
     const TensorView activated = memory_.matrix(Buffer::activated, x.shape[0], spec_.intermediate_size);
     silu_mul(gate_up, activated);
-    add(activated, in_.layer.down);
+    add(activated, in_.layer.down, in_.next);
   }
 
   const BlockInput& in_;

@@ -22,6 +22,7 @@ struct BlockInput {
   std::span<const std::int32_t> executed;  // rows that run the block
   std::span<const std::int32_t> wanted;    // those of them whose output somebody reads
   TensorView residual;                     // [rows, hidden], changed in place
+  std::span<const Matrix> next;            // what is multiplied after the block, where that is sure
 };
 
 // What attention and the router of a layer may round when they multiply: what its Linears round in any case.

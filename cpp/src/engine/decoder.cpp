@@ -69,6 +69,7 @@ class Decoder::Impl {
                         const std::function<void()>& poll);
   void run_layer(std::size_t index, const Batch& batch, std::span<const Segment> segments,
                  std::span<const std::int32_t> wanted, const TensorView& x);
+  std::span<const Matrix> multiplied_after(std::size_t index) const;
   std::vector<std::int32_t> executed_rows(std::size_t index, const Batch& batch, const TensorView& x);
   void undo(std::span<const Segment> segments, std::span<const std::int64_t> starts);
 
@@ -170,7 +171,17 @@ void Decoder::Impl::run_layer(std::size_t index, const Batch& batch, std::span<c
   if (index + 1 == spec.layers.size())
     std::set_intersection(executed.begin(), executed.end(), wanted.begin(), wanted.end(), std::back_inserter(read));
   const std::span<const std::int32_t> outputs = index + 1 == spec.layers.size() ? read : executed;
-  engine::run_block({spec, spec.layers[index], batch, caches, parents, executed, outputs, x}, workspace_);
+  engine::run_block({spec, spec.layers[index], batch, caches, parents, executed, outputs, x, multiplied_after(index)},
+                    workspace_);
+}
+
+// The first weights that are read after a layer, none where the tokens decide that.
+std::span<const Matrix> Decoder::Impl::multiplied_after(std::size_t index) const {
+  while (++index < spec.layers.size()) {
+    if (depth ? (*depth)[index] : !routers[index]) return spec.layers[index].qkv;
+    if (!depth) return {};
+  }
+  return {&spec.head, 1};
 }
 
 std::vector<std::int32_t> Decoder::Impl::executed_rows(std::size_t index, const Batch& batch, const TensorView& x) {

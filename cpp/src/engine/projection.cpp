@@ -14,7 +14,7 @@ const TensorView* bias_of(const Matrix& matrix) { return matrix.bias ? &*matrix.
 
 }  // namespace
 
-bool is_packed(const Projection& projection) {
+bool is_packed(std::span<const Matrix> projection) {
   return std::all_of(projection.begin(), projection.end(), [](const Matrix& matrix) { return is_packed(matrix); });
 }
 
@@ -38,7 +38,7 @@ void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Co
 }
 
 void multiply(const TensorView& x, const Projection& projection, const TensorView& y, Compute compute,
-              std::int64_t first) {
+              std::span<const Matrix> next, std::int64_t first) {
   std::int64_t column = 0;
   std::vector<QmatmulWeight> packed;
   for (const Matrix& matrix : projection) {
@@ -52,7 +52,10 @@ void multiply(const TensorView& x, const Projection& projection, const TensorVie
       matmul(x, matrix.weight, bias_of(matrix), part, compute);
     }
   }
-  if (!packed.empty()) qmatmul(x, packed, compute);
+  std::vector<TensorView> following;
+  if (is_packed(next))
+    for (const Matrix& matrix : next) following.push_back(matrix.weight);
+  if (!packed.empty()) qmatmul(x, packed, compute, following);
 }
 
 }  // namespace qtale::engine

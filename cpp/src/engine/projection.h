@@ -2,20 +2,22 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "qtale/engine.h"
 
 namespace qtale::engine {
 
-bool is_packed(const Projection& projection);  // all of its matrices
+bool is_packed(std::span<const Matrix> projection);  // all of its matrices
 std::int64_t out_features(const Matrix& matrix);
 std::int64_t out_features(const Projection& projection);
 std::int64_t in_features(const Matrix& matrix);
 
 // y [rows, out] = x [rows, in] times one matrix.
 void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Compute compute);
-// The same for matrices side by side, but only for those that have outputs at or after `first`.
+// The same for matrices side by side, but only for those that have outputs at or after `first`. next: what is
+// multiplied after them, where that is known.
 void multiply(const TensorView& x, const Projection& projection, const TensorView& y, Compute compute,
-              std::int64_t first = 0);
+              std::span<const Matrix> next, std::int64_t first = 0);
 
 }  // namespace qtale::engine

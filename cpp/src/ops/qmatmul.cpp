@@ -27,21 +27,24 @@ cpu::QmatmulPart checked(const TensorView& x, const QmatmulWeight& weight) {
       fail_input("qmatmul: bias has shape {}; expected [{}].", ops::shape_text(*weight.bias), info.out_features);
     ops::check_contiguous(kOp, "bias", *weight.bias);
   }
-  return {weight.prepacked.as<const std::uint8_t>(),
-          weight.prepacked.shape[0],
+  return {{weight.prepacked.as<const std::uint8_t>(), weight.prepacked.shape[0]},
           weight.bias ? weight.bias->as<const float>() : nullptr,
           {y.data, y.dtype, y.strides[0]}};
 }
 
 }  // namespace
 
-void qmatmul(const TensorView& x, std::span<const QmatmulWeight> weights, Compute compute) {
+void qmatmul(const TensorView& x, std::span<const QmatmulWeight> weights, Compute compute,
+             std::span<const TensorView> next) {
   ops::check_float(kOp, "x", x);
   ops::check_matrix(kOp, "x", x);
   ops::check_cpu(kOp, x);
   std::vector<cpu::QmatmulPart> parts;
   for (const QmatmulWeight& weight : weights) parts.push_back(checked(x, weight));
-  cpu::qmatmul(parts, x.shape[0], {x.data, x.dtype, x.strides[0]}, compute);
+  std::vector<cpu::PrepackedBuffer> following;
+  for (const TensorView& prepacked : next)
+    following.push_back({prepacked.as<const std::uint8_t>(), prepacked.shape[0]});
+  cpu::qmatmul(parts, x.shape[0], {x.data, x.dtype, x.strides[0]}, compute, following);
 }
 
 void qmatmul(const TensorView& x, const TensorView& prepacked, const TensorView* bias, const TensorView& y,
