@@ -84,15 +84,14 @@ QTALE_INLINE __m512i load_zeros(const std::uint8_t* p, int v) {
 }
 
 // Asks for one field's part of the lines of a step: all at once would be more than the line buffers take. Where memory
-// answers slowly these lines go to L2, and those that a tile of few rows reads soon from there to L1; larger tiles take
-// their time, and have no register left for it.
+// answers slowly these lines go to L2, and those that a tile of few rows reads soon from there to L1.
 template <class C, int Field, int Rows>
 QTALE_INLINE void prefetch_part_of_step(const std::uint8_t* w, const std::uint8_t*& ahead, std::int64_t pace) {
   constexpr int kLines = C::kBytes / 64, kFirst = kLines * Field / C::kFields;
-  constexpr bool kAlsoNear = kNear > 0 && Rows <= 4;
   unroll<kLines*(Field + 1) / C::kFields - kFirst>([&](auto line) QTALE_INLINE_LAMBDA {
     _mm_prefetch(reinterpret_cast<const char*>(ahead), kNear > 0 ? _MM_HINT_T1 : _MM_HINT_T0);
-    if constexpr (kAlsoNear) _mm_prefetch(reinterpret_cast<const char*>(w + 64 * (kFirst + line) + kNear), _MM_HINT_T0);
+    if constexpr (asks_twice(Rows))
+      _mm_prefetch(reinterpret_cast<const char*>(w + 64 * (kFirst + line) + kNear), _MM_HINT_T0);
     ahead += pace;
   });
 }

@@ -24,17 +24,21 @@ struct Prefetch {
   std::int64_t pace;
   const std::uint8_t* at(const std::uint8_t* weights) const { return to + (((weights - from) * pace) >> 6); }
 };
-// QTALE_FAR_MEMORY: for CPUs with more latency than their L1 has line buffers for. kAhead, kNear: bytes ahead of the
-// weights in use. kStreamFewRows: results of few rows bypass the caches, because their lines, fetched among those of
-// the weights, cost more than ten times their bytes.
+// QTALE_FAR_MEMORY: for CPUs with more latency than their L1 has line buffers for. Bytes ahead of the weights in use:
+// kAhead for tiles of few rows, which ask a second time kNear bytes ahead, and kAheadOnly for larger ones, which have
+// no register left for that. kStreamFewRows: results of few rows bypass the caches, because their lines, fetched among
+// those of the weights, cost more than ten times their bytes.
 #ifdef QTALE_FAR_MEMORY
-constexpr std::int64_t kAhead = 3072, kNear = 512;
+constexpr std::int64_t kAhead = 5120, kNear = 2560, kAheadOnly = 3072;
 constexpr bool kStreamFewRows = true;
 #else
-constexpr std::int64_t kAhead = 8192, kNear = 0;
+constexpr std::int64_t kAhead = 8192, kNear = 0, kAheadOnly = kAhead;
 constexpr bool kStreamFewRows = false;
 #endif
-inline Prefetch prefetch_ahead(const std::uint8_t* weights) { return {weights, weights + kAhead, 64}; }
+constexpr bool asks_twice(std::int64_t tile_rows) { return kNear > 0 && tile_rows <= 4; }
+inline Prefetch prefetch_ahead(const std::uint8_t* weights, std::int64_t tile_rows) {
+  return {weights, weights + (asks_twice(tile_rows) ? kAhead : kAheadOnly), 64};
+}
 
 // One of several tiles over `size` bytes of weights asks for its share of the `next` bytes behind them. If the first
 // tile asked for all, it would wait for line buffers and leave memory idle in the others.
@@ -106,7 +110,8 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
       const std::int64_t size = panel_bytes * (end - g) / groups, next = panel_bytes * after / groups;
       for (std::int64_t m = 0, n = 0, i = 0; m < count; m += n, ++i) {
         n = next_tile(count - m, tile_rows);
-        const Prefetch prefetch = tiles == 1 ? prefetch_ahead(weights) : prefetch_share(weights, size, next, i, tiles);
+        const Prefetch prefetch =
+            tiles == 1 ? prefetch_ahead(weights, n) : prefetch_share(weights, size, next, i, tiles);
         tile(panel, rows.begin + m, n, Span{g, end}, prefetch, out + m * kRows);
       }
     }
