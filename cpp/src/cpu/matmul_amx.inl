@@ -1,6 +1,6 @@
 // int8 qmatmul on AMX over 64-row panels: codes are unpacked once for all rows and multiplied in units of 32 rows and
 // 32 columns, four tiles of sums; while the first tiles of a unit are multiplied, AVX-512 scales the sums of the one
-// before.
+// before and unpacks some of the codes that come next.
 #pragma once
 
 #include "cpu/matmul_amx_sums.inl"
@@ -21,6 +21,18 @@ struct Unit {
   std::int32_t* sums;
 };
 
+// What AVX-512 does beside the tiles.
+struct Meanwhile {
+  Sums before;
+  Unpacking next;
+  std::int64_t pace = 0;  // steps of `next` for each unit
+
+  void run() {
+    before.finish();
+    next.some(pace);
+  }
+};
+
 template <bool SignedCodes, int RowTiles>
 QTALE_INLINE void multiply_step(const std::int8_t* act, std::int64_t act_stride, const std::uint8_t* codes) {
   load_tile<6>(codes, kLineStride);
@@ -37,7 +49,7 @@ QTALE_INLINE void multiply_step(const std::int8_t* act, std::int64_t act_stride,
 
 // Sums of the unit before make room in time: they are scaled while the first products are on their way.
 template <bool SignedCodes, int RowTiles>
-void multiply_unit(const Unit& u, Sums& before) {
+void multiply_unit(const Unit& u, Meanwhile& meanwhile) {
   const std::int64_t steps = ceil_div(u.size, u.step_k);
   for (std::int64_t b = 0; b < u.blocks; ++b) {
     unroll<2 * RowTiles>([](auto tile) QTALE_INLINE_LAMBDA { zero_tile<tile>(); });
@@ -45,7 +57,7 @@ void multiply_unit(const Unit& u, Sums& before) {
       const std::int64_t k = b * u.size + step * u.step_k;
       const std::int8_t* act = u.act + k / kTileK * kTileBytes + k % kTileK;
       multiply_step<SignedCodes, RowTiles>(act, u.act_stride, u.codes + k * kRows);
-      if (b == 0 && step == 0) before.finish();
+      if (b == 0 && step == 0) meanwhile.run();
     }
     unroll<2 * RowTiles>([&](auto tile) QTALE_INLINE_LAMBDA {
       std::int32_t* sums = u.sums + b * kUnitSums + tile / 2 * kTileRows * kUnitCols + tile % 2 * 16;
@@ -68,10 +80,13 @@ class AmxRun {
         stream_(streams(a.y, a.rows, l_.n)) {
     const ScratchSizes sizes(l_);
     std::byte* at = a.scratch;
-    part_.codes = unpacked_ = reinterpret_cast<std::uint8_t*>(at);
-    part_.scales = reinterpret_cast<float*>(at += sizes.codes);
-    part_.zeros = reinterpret_cast<std::int32_t*>(at += sizes.params);
-    sums_ = reinterpret_cast<std::int32_t*>(at += sizes.params);
+    for (int i = 0; i < 2; ++i) {
+      parts_[i].codes = unpacked_[i] = reinterpret_cast<std::uint8_t*>(at);
+      parts_[i].scales = reinterpret_cast<float*>(at += sizes.codes);
+      parts_[i].zeros = reinterpret_cast<std::int32_t*>(at += sizes.params);
+      at += sizes.params;
+    }
+    sums_ = reinterpret_cast<std::int32_t*>(at);
     out_ = reinterpret_cast<float*>(at += sizes.sums);
   }
   AmxRun(const AmxRun&) = delete;
@@ -79,12 +94,13 @@ class AmxRun {
 
   static std::size_t scratch_bytes(const Layout& l, std::int64_t rows) {
     const ScratchSizes sizes(l);
-    return static_cast<std::size_t>(sizes.codes + 2 * sizes.params + sizes.sums + rows * kRows * 4);
+    return static_cast<std::size_t>(2 * (sizes.codes + 2 * sizes.params) + sizes.sums + rows * kRows * 4);
   }
 
   void panels(Span panels) {
     tile_shapes(step_k()).use();
-    for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) run_panel(panel);
+    begin_part(panels.begin, first_groups());
+    for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) run_panel(panel, panel + 1 < panels.end);
     release_tiles();
     if (stream_) _mm_sfence();
   }
@@ -103,37 +119,53 @@ class AmxRun {
 
   std::int64_t step_k() const { return min64(l_.block_k, kTileK); }
 
-  void run_panel(std::int64_t panel) {
-    const std::int64_t parts = ceil_div(l_.k_padded, kPartK), groups = ceil_div(l_.act_groups, parts);
+  std::int64_t groups_of_part() const { return ceil_div(l_.act_groups, ceil_div(l_.k_padded, kPartK)); }
+  Span first_groups() const { return {0, groups_of_part()}; }
+  Span blocks_of(Span groups) const {
+    return {groups.begin * group_blocks_, min64(l_.blocks, groups.end * group_blocks_)};
+  }
+
+  void run_panel(std::int64_t panel, bool another) {
     stored_ = claimed_ = rows_.begin;
     ahead_ = a_.panels + (panel + 1) * l_.panel_bytes;
-    ahead_lines_ =
-        panel + 1 == l_.panels
-            ? 0
-            : ceil_div(l_.panel_bytes, 64 * 2 * l_.act_groups * ceil_div(rows_.end - rows_.begin, kUnitRows));
-    for (std::int64_t g = 0; g < l_.act_groups; g += groups) {
-      const Span span{g, min64(l_.act_groups, g + groups)};
-      const Span blocks{span.begin * group_blocks_, min64(l_.blocks, span.end * group_blocks_)};
-      take_part(a_.panels + panel * l_.panel_bytes, blocks);
+    ahead_lines_ = another && reads_panel_ ? ceil_div(l_.panel_bytes, 64 * units({0, l_.act_groups}, rows_)) : 0;
+    for (Span groups = first_groups(); groups.begin < l_.act_groups;) {
+      meanwhile_.next.rest();
+      current_ = 1 - current_;
+      const Span after{groups.end, min64(l_.act_groups, groups.end + groups_of_part())};
+      if (after.begin < l_.act_groups) {
+        begin_part(panel, after);
+      } else if (another) {
+        begin_part(panel + 1, first_groups());
+      }
+      meanwhile_.pace = ceil_div(Unpacking::steps(l_, groups_of_part() * group_blocks_), units(groups, rows_));
       for (std::int64_t m = rows_.begin; m < rows_.end; m += kStripRows)
-        run_strip(panel, Span{m, min64(rows_.end, m + kStripRows)}, span);
-      before_.finish();
+        run_strip(panel, Span{m, min64(rows_.end, m + kStripRows)}, groups);
+      meanwhile_.before.finish();
+      groups = after;
     }
     store_rows(panel, rows_.end);
   }
 
-  void take_part(const std::uint8_t* panel, Span blocks) {
+  // The part that follows the current one.
+  void begin_part(std::int64_t panel, Span groups) {
+    const std::uint8_t* codes = a_.panels + panel * l_.panel_bytes;
+    const Span blocks = blocks_of(groups);
+    PanelPart& part = parts_[1 - current_];
     if (reads_panel_) {
-      part_.codes = panel + l_.block_offset(blocks.begin);
+      part.codes = codes + l_.block_offset(blocks.begin);
     } else {
-      unpack(l_, panel, blocks, part_, unpacked_);
+      meanwhile_.next = Unpacking(l_, codes, blocks, part, unpacked_[1 - current_]);
     }
+  }
+
+  static std::int64_t units(Span groups, Span rows) {
+    return 2 * (groups.end - groups.begin) * ceil_div(rows.end - rows.begin, kUnitRows);
   }
 
   void run_strip(std::int64_t panel, Span rows, Span groups) {
     const bool last = groups.end == l_.act_groups;
-    const std::int64_t units = 2 * (groups.end - groups.begin) * ceil_div(rows.end - rows.begin, kUnitRows);
-    const std::int64_t pace = ceil_div(kStripRows, units);
+    const std::int64_t pace = ceil_div(kStripRows, units(groups, rows));
     for (std::int64_t g = groups.begin; g < groups.end; ++g)
       for (std::int64_t m = rows.begin; m < rows.end; m += kUnitRows)
         for (std::int64_t col = 0; col < kRows; col += kUnitCols) {
@@ -151,31 +183,33 @@ class AmxRun {
     Unit unit;
     unit.act = tiles_.at(m, g * kActGroup);
     unit.act_stride = tiles_.row_bytes;
-    unit.codes = part_.codes + part_block * l_.block_k * kRows + col * 4;
+    const PanelPart& part = parts_[current_];
+    unit.codes = part.codes + part_block * l_.block_k * kRows + col * 4;
     unit.blocks = min64(group_blocks_, l_.blocks - b);
     unit.size = l_.block_size(b);
     unit.step_k = step_k();
     unit.sums = sums_;
     multiply(unit, rows);
-    before_.sums = unit.sums;
-    before_.scales = part_.scales + part_block * kRows + col;
-    before_.zeros = part_.zeros + part_block * kRows + col;
-    before_.act = acts_.scales + m * l_.act_groups + g;
-    before_.ld_act = l_.act_groups;
-    before_.act_sums = acts_.sums + m * l_.blocks + b;
-    before_.ld_act_sums = l_.blocks;
-    before_.out = out_ + (m - rows_.begin) * kRows + col;
-    before_.add = g == 0 ? kNoSums : before_.out;
-    before_.ld_add = g == 0 ? 0 : kRows;
-    before_.rows = rows;
-    before_.scale = pick_scale(l_, unit.blocks);
+    Sums& before = meanwhile_.before;
+    before.sums = unit.sums;
+    before.scales = part.scales + part_block * kRows + col;
+    before.zeros = part.zeros + part_block * kRows + col;
+    before.act = acts_.scales + m * l_.act_groups + g;
+    before.ld_act = l_.act_groups;
+    before.act_sums = acts_.sums + m * l_.blocks + b;
+    before.ld_act_sums = l_.blocks;
+    before.out = out_ + (m - rows_.begin) * kRows + col;
+    before.add = g == 0 ? kNoSums : before.out;
+    before.ld_add = g == 0 ? 0 : kRows;
+    before.rows = rows;
+    before.scale = pick_scale(l_, unit.blocks);
   }
 
   void multiply(const Unit& unit, std::int64_t rows) {
     if (l_.per_channel) {
-      rows > kTileRows ? multiply_unit<false, 2>(unit, before_) : multiply_unit<false, 1>(unit, before_);
+      rows > kTileRows ? multiply_unit<false, 2>(unit, meanwhile_) : multiply_unit<false, 1>(unit, meanwhile_);
     } else {
-      rows > kTileRows ? multiply_unit<true, 2>(unit, before_) : multiply_unit<true, 1>(unit, before_);
+      rows > kTileRows ? multiply_unit<true, 2>(unit, meanwhile_) : multiply_unit<true, 1>(unit, meanwhile_);
     }
   }
 
@@ -202,11 +236,12 @@ class AmxRun {
   std::int64_t group_blocks_;
   bool reads_panel_;  // codes lie there as tiles want them
   bool stream_;
-  std::uint8_t* unpacked_;
-  PanelPart part_;
+  std::uint8_t* unpacked_[2];
+  PanelPart parts_[2];
+  int current_ = 0;  // of the parts: the one that is multiplied
   std::int32_t* sums_;
   float* out_;
-  Sums before_;
+  Meanwhile meanwhile_;
   const std::uint8_t* ahead_ = nullptr;
   std::int64_t ahead_lines_ = 0;
   std::int64_t stored_ = 0, claimed_ = 0;  // rows of the panel before these are in y, or their lines asked for

@@ -1,6 +1,8 @@
 // What AMX reads: activations cut into tiles, and part of a panel with its codes as bytes and its scales as floats.
 #pragma once
 
+#include <limits>
+
 #include "core/integers.h"
 #include "cpu/amx.inl"
 #include "cpu/codes_avx512.inl"
@@ -78,42 +80,88 @@ QTALE_INLINE void load_offsets(__m512i (&minus)[kVecs], const Layout& l, const s
   });
 }
 
-template <int Bits>
-void unpack_codes(const Layout& l, const std::uint8_t* panel, Span blocks, std::uint8_t* to) {
-  using C = Codes<Bits>;
-  for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
-    const std::uint8_t* w = panel + l.block_offset(b);
-    __m512i minus[kVecs];
-    load_offsets<Bits>(minus, l, w + l.code_bytes + l.scale_bytes);
-    for (std::int64_t steps = l.block_size(b) / C::kInputs; steps > 0; --steps, w += C::kBytes)
-      unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
-        unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
-          _mm512_store_si512(to + 64 * p, _mm512_sub_epi8(C::template get<field>(w, p), minus[p]));
-        });
-        to += kLineStride;
-      });
-  }
-}
+// A part on its way: it is unpacked some steps at a time, while another one is multiplied.
+class Unpacking {
+ public:
+  Unpacking() = default;
+  // codes: where they go, [k / 4][64][4].
+  Unpacking(const Layout& l, const std::uint8_t* panel, Span blocks, const PanelPart& part, std::uint8_t* codes)
+      : l_(&l), panel_(panel), blocks_(blocks), part_(part), codes_(codes), kind_(kind_of(l.num_bits)) {}
 
-inline void unpack(const Layout& l, const std::uint8_t* panel, Span blocks, const PanelPart& part,
-                   std::uint8_t* codes) {
-  switch (l.num_bits) {
-    case 2: unpack_codes<2>(l, panel, blocks, codes); break;
-    case 3: unpack_codes<3>(l, panel, blocks, codes); break;
-    case 4: unpack_codes<4>(l, panel, blocks, codes); break;
-    default: unpack_codes<8>(l, panel, blocks, codes);
+  bool done() const { return blocks_.begin >= blocks_.end; }
+  void some(std::int64_t steps) {
+    if (!done()) kind_.some(*this, steps);
   }
-  if (l.per_channel) return;
-  for (std::int64_t b = blocks.begin, i = 0; b < blocks.end; ++b, ++i) {
-    const std::uint8_t* params = panel + l.param_offset(b);
+  void rest() { some(std::numeric_limits<std::int64_t>::max()); }
+  // Steps of so many blocks.
+  static std::int64_t steps(const Layout& l, std::int64_t blocks) {
+    return blocks * ceil_div(l.block_k, kind_of(l.num_bits).inputs);
+  }
+
+ private:
+  // Bytes of a panel that memory is asked for before they are unpacked.
+  static constexpr std::int64_t kAheadOfUnpacking = 16384;
+  struct Kind {
+    void (*some)(Unpacking&, std::int64_t steps);
+    std::int64_t inputs;  // of a step
+  };
+
+  static Kind kind_of(int num_bits) {
+    switch (num_bits) {
+      case 2: return {unpack_some<2>, Codes<2>::kInputs};
+      case 3: return {unpack_some<3>, Codes<3>::kInputs};
+      case 4: return {unpack_some<4>, Codes<4>::kInputs};
+      default: return {unpack_some<8>, Codes<8>::kInputs};
+    }
+  }
+
+  template <int Bits>
+  static void unpack_some(Unpacking& u, std::int64_t steps) {
+    using C = Codes<Bits>;
+    const Layout& l = *u.l_;
+    while (steps > 0 && !u.done()) {
+      const std::int64_t b = u.blocks_.begin, all = l.block_size(b) / C::kInputs, now = min64(steps, all - u.step_);
+      if (u.step_ == 0) u.take_params(u.panel_ + l.param_offset(b));
+      const std::uint8_t* w = u.panel_ + l.block_offset(b) + u.step_ * C::kBytes;
+      __m512i minus[kVecs];
+      load_offsets<Bits>(minus, l, u.panel_ + l.param_offset(b) + l.scale_bytes);
+      for (std::int64_t i = 0; i < now; ++i, w += C::kBytes) {
+        for (int line = 0; line < C::kBytes; line += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(w + kAheadOfUnpacking + line), _MM_HINT_T1);
+        unroll<C::kFields>([&](auto field) QTALE_INLINE_LAMBDA {
+          unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
+            _mm512_store_si512(u.codes_ + 64 * p, _mm512_sub_epi8(C::template get<field>(w, p), minus[p]));
+          });
+          u.codes_ += kLineStride;
+        });
+      }
+      steps -= now;
+      u.step_ += now;
+      if (u.step_ < all) continue;
+      u.step_ = 0;
+      ++u.blocks_.begin;
+    }
+  }
+
+  void take_params(const std::uint8_t* params) {
+    if (l_->per_channel) return;
     __m512 scale[kVecs];
-    load_scales(scale, params, l.scale_dtype);
-    for (int p = 0; p < kVecs; ++p) _mm512_store_ps(part.scales + i * kRows + 16 * p, scale[p]);
-    if (!zeros_in_sums(l)) continue;
-    for (int p = 0; p < kVecs; ++p)
-      _mm512_store_si512(part.zeros + i * kRows + 16 * p, load_zeros(params + l.scale_bytes, p));
+    load_scales(scale, params, l_->scale_dtype);
+    for (int p = 0; p < kVecs; ++p) _mm512_store_ps(part_.scales + 16 * p, scale[p]);
+    part_.scales += kRows;
+    if (!zeros_in_sums(*l_)) return;
+    for (int p = 0; p < kVecs; ++p) _mm512_store_si512(part_.zeros + 16 * p, load_zeros(params + l_->scale_bytes, p));
+    part_.zeros += kRows;
   }
-}
+
+  const Layout* l_ = nullptr;
+  const std::uint8_t* panel_ = nullptr;
+  Span blocks_{0, 0};      // that are left
+  std::int64_t step_ = 0;  // of the first of them
+  PanelPart part_{};       // where its scales and zero points go
+  std::uint8_t* codes_ = nullptr;
+  Kind kind_{};
+};
 
 }  // namespace
 }  // namespace qtale::cpu
