@@ -21,9 +21,15 @@ inline TileShapes tile_shapes(std::int64_t step_k) {
   return shapes;
 }
 
-// From so many rows on tiles are faster than registers; later where much has to be unpacked or scaled.
+// From so many rows on tiles are faster than registers: earlier the more registers have to do to unpack codes.
 inline std::int64_t fewest_rows(const Layout& l) {
-  return !l.per_channel && (l.num_bits == 8 || l.block_k == 32) ? 28 : 20;
+  if (l.block_k == 32) return 28;
+  switch (l.num_bits) {
+    case 2: return 13;
+    case 3: return 16;
+    case 4: return 21;
+    default: return 25;
+  }
 }
 
 // Rows of activations beside the row-major form: [rows / 16][k / 64][16][64], zeros behind the last input.
