@@ -1,4 +1,5 @@
 #include "matmul_oracle.h"
+#include "core/integers.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -150,12 +151,13 @@ struct alignas(64) Line {
 
 Product run_kernel(const cpu::KernelTable& table, Compute compute, const Panels& weight, const Activations& x,
                    std::int64_t rows, const std::vector<float>& bias, Random& random) {
-  constexpr std::int64_t kGap = 3;
   constexpr float kSentinel = -1280.0f;
   const cpu::Layout& l = weight.layout;
   const cpu::MatmulKernel& kernel = compute == Compute::int8 ? table.int8 : table.floating;
   const DType dtype = x.values.dtype();
-  Floats guarded(dtype, rows * (l.n + kGap));
+  // Rows that all begin on a cache line may be stored past the caches.
+  const std::int64_t gap = random.integer(0, 1) ? 3 : round_up(l.n + 1, 16) - l.n;
+  Floats guarded(dtype, rows * (l.n + gap));
   for (std::int64_t i = 0; i < guarded.size(); ++i) guarded.set(i, kSentinel);
 
   const std::size_t bytes = kernel.workspace_bytes(l, rows);
@@ -169,7 +171,7 @@ Product run_kernel(const cpu::KernelTable& table, Compute compute, const Panels&
                              {x.values.data(), dtype, x.stride},
                              workspace.get(),
                              bias.empty() ? nullptr : bias.data(),
-                             {guarded.data(), dtype, l.n + kGap},
+                             {guarded.data(), dtype, l.n + gap},
                              reinterpret_cast<std::byte*>(scratch.data())};
   const auto cut = [&](std::int64_t size, std::int64_t unit) {
     return std::min(size, random.integer(0, static_cast<int>((size + unit - 1) / unit)) * unit);
@@ -184,8 +186,8 @@ Product run_kernel(const cpu::KernelTable& table, Compute compute, const Panels&
 
   Product out{Floats(dtype, rows * l.n), ""};
   for (std::int64_t m = 0; m < rows; ++m)
-    for (std::int64_t o = 0; o < l.n + kGap; ++o) {
-      const float value = guarded.get(m * (l.n + kGap) + o);
+    for (std::int64_t o = 0; o < l.n + gap; ++o) {
+      const float value = guarded.get(m * (l.n + gap) + o);
       if (o < l.n) {
         out.y.set(m * l.n + o, value);
       } else if (value != kSentinel) {

@@ -87,40 +87,52 @@ TEST_CASE("parallel_for: ranges are disjoint, cover everything and respect the g
   }
 }
 
-TEST_CASE("parallel_for: each thread begins with its own share", "[threads]") {
+TEST_CASE("parallel_for: each thread begins with its own share, whatever it is told to bring near", "[threads]") {
   constexpr int kThreads = 3;
   const ThreadScope scope(kThreads);
-  for (const std::int64_t grain : {1, 7}) {
-    constexpr std::int64_t kSize = 100;
-    const std::int64_t share = thread_share(kSize, grain);
-    CHECK(share * kThreads >= kSize);
-    std::mutex mutex;
-    std::map<std::thread::id, std::int64_t> first;
-    std::atomic<std::size_t> count{0};
-    const std::vector<std::byte> memory(1000);
-    const Upcoming next[] = {{memory.data(), 1000}, {memory.data() + 1, 63}, {}, {memory.data(), 64}};
-    for (const std::size_t given : {0, 2, 4})
-      parallel_for(
-          kSize, grain,
-          [&](std::int64_t begin, std::int64_t) {
-            {
-              const std::lock_guard lock(mutex);
-              first.emplace(std::this_thread::get_id(), begin);
-              count = first.size();
-            }
-            while (count < kThreads) std::this_thread::yield();
-          },
-          std::span(next).first(given));
-    std::set<std::int64_t> begins;
-    for (const auto& [thread, begin] : first) begins.insert(begin);
-    CHECK(begins == std::set<std::int64_t>{0, share, 2 * share});
+  const std::vector<std::byte> memory(1000);
+  const Upcoming next[] = {{memory.data(), 1000}, {memory.data() + 1, 63}, {}, {memory.data(), 64}};
+  for (const std::int64_t size : {3, 4, 100})
+    for (const std::int64_t grain : {1, 7})
+      for (const std::size_t given : {0, 2, 4}) {
+        if (size < kThreads * grain) continue;
+        INFO(size << " by " << grain << ", " << given << " told");
+        std::set<std::int64_t> expected, begins;
+        for (int thread = 0; thread < kThreads; ++thread) expected.insert(begin_of_thread(size, grain, thread));
+        CHECK(begin_of_thread(size, grain, kThreads) == size);
+        std::mutex mutex;
+        std::map<std::thread::id, std::int64_t> first;
+        std::atomic<std::size_t> count{0};
+        const auto meet = [&](std::int64_t begin, std::int64_t) {
+          {
+            const std::lock_guard lock(mutex);
+            first.emplace(std::this_thread::get_id(), begin);
+            count = first.size();
+          }
+          while (count < kThreads) std::this_thread::yield();
+        };
+        parallel_for(size, grain, meet, std::span(next).first(given));
+        for (const auto& [thread, begin] : first) begins.insert(begin);
+        CHECK(expected.size() == kThreads);
+        CHECK(begins == expected);
+      }
+}
+
+TEST_CASE("parallel_for: more items than a share can count are cut into longer grains", "[threads]") {
+  const ThreadScope scope(3);
+  constexpr std::int64_t kSize = (std::int64_t{1} << 33) + 5;
+  std::int64_t next = 0;
+  for (const auto& [begin, end] : ranges_of(kSize, 1)) {
+    CHECK(begin == next);
+    next = end;
   }
+  CHECK(next == kSize);
 }
 
 TEST_CASE("parallel_for: what a delayed thread has not begun is done by the others", "[threads]") {
   const ThreadScope scope(3);
   constexpr std::int64_t kSize = 100;
-  for (const std::int64_t delayed : {std::int64_t{0}, thread_share(kSize, 1)}) {
+  for (const std::int64_t delayed : {std::int64_t{0}, begin_of_thread(kSize, 1, 1)}) {
     const auto completes = [&] {
       std::atomic<std::int64_t> left{kSize};
       parallel_for(kSize, 1, [&](std::int64_t begin, std::int64_t end) {

@@ -25,14 +25,14 @@ class ThreadLimit {
   int before_;
 };
 
-// Memory that a thread will read first in a later call: it brings it near while it waits.
+// Memory that a thread will read first in a later call: it brings it near while it waits. It may be gone by then.
 struct Upcoming {
   const std::byte* data = nullptr;
   std::int64_t bytes = 0;
 };
 
-// In parallel_for(size, grain), thread t begins at t times this, and reads on from there.
-std::int64_t thread_share(std::int64_t size, std::int64_t grain);
+// Where a thread begins in parallel_for(size, grain) if it comes in time, to go on from there; the caller is thread 0.
+std::int64_t begin_of_thread(std::int64_t size, std::int64_t grain, int thread);
 
 namespace detail {
 using RangeFn = void (*)(void* context, std::int64_t begin, std::int64_t end);

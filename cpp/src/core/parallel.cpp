@@ -12,19 +12,17 @@
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <thread>
 #include <vector>
 
-#include "core/integers.h"
+#include "core/shares.h"
 #include "core/text.h"
 
 namespace qtale {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kSpins = 4000;        // some tens of microseconds: the gap between two layers of one model
-constexpr std::uint32_t kPart = 2;  // a range is this part of what a thread has left to do
+constexpr int kSpins = 4000;  // some tens of microseconds: the gap between two layers of one model
 thread_local bool inside_range = false;
 thread_local int thread_limit = 0;  // 0: none of its own
 
@@ -53,66 +51,6 @@ int initial_threads() {
   return available_cpus();
 }
 
-// Brings memory into the second cache a few lines at a time.
-class Ahead {
- public:
-  Ahead() = default;
-  explicit Ahead(const Upcoming& memory) : at_(memory.data), left_(memory.bytes) {}
-
-  bool step() {
-    for (int line = 0; line < kLines && left_ > 0; ++line, at_ += kLine, left_ -= kLine) __builtin_prefetch(at_, 0, 2);
-    return left_ > 0;
-  }
-
- private:
-  static constexpr int kLines = 8;  // about as many as are on their way at once
-  static constexpr std::int64_t kLine = 64;
-
-  const std::byte* at_ = nullptr;
-  std::int64_t left_ = 0;
-};
-
-// The grains that one thread has to do. It takes them from the front, so that it reads on through memory, and others
-// that have done theirs take them from the back. Ranges get shorter and shorter: long ones run well, and with short
-// ones at the end all threads end together, also where the host has delayed some.
-class alignas(64) Share {
- public:
-  void set(std::uint32_t begin, std::uint32_t end) { ends_.store(pack(begin, end), std::memory_order_relaxed); }
-
-  struct Range {
-    std::uint32_t begin, end;
-  };
-  std::optional<Range> take(bool front) {
-    std::uint64_t ends = ends_.load(std::memory_order_relaxed);
-    for (;;) {
-      const auto begin = static_cast<std::uint32_t>(ends >> 32), end = static_cast<std::uint32_t>(ends);
-      if (begin >= end) return std::nullopt;
-      const std::uint32_t count = std::max(1U, (end - begin) / kPart), middle = front ? begin + count : end - count;
-      const std::uint64_t left = front ? pack(middle, end) : pack(begin, middle);
-      if (!ends_.compare_exchange_weak(ends, left, std::memory_order_relaxed)) continue;
-      return front ? Range{begin, middle} : Range{middle, end};
-    }
-  }
-
- private:
-  static std::uint64_t pack(std::uint32_t begin, std::uint32_t end) { return std::uint64_t{begin} << 32 | end; }
-
-  std::atomic<std::uint64_t> ends_{0};
-};
-
-// How a call is cut: grains of equal length, as many for each thread as for any other.
-struct Cut {
-  std::int64_t grain, grains, share;
-
-  Cut(std::int64_t size, std::int64_t least_grain, int threads)
-      : grain(std::max({std::int64_t{1}, least_grain, ceil_div(size, kMostGrains)})),
-        grains(ceil_div(size, grain)),
-        share(ceil_div(grains, threads)) {}
-
- private:
-  static constexpr std::int64_t kMostGrains = std::int64_t{1} << 31;
-};
-
 struct Job {
   detail::RangeFn fn;
   void* context;
@@ -125,11 +63,8 @@ struct Job {
 
   // Call before the threads work.
   void deal() {
-    for (std::size_t t = 0; t < shares.size(); ++t) {
-      const std::int64_t begin = static_cast<std::int64_t>(t) * cut.share;
-      shares[t].set(static_cast<std::uint32_t>(std::min(cut.grains, begin)),
-                    static_cast<std::uint32_t>(std::min(cut.grains, begin + cut.share)));
-    }
+    for (std::size_t t = 0; t < shares.size(); ++t)
+      shares[t].set(cut.begin_of(static_cast<std::int64_t>(t)), cut.begin_of(static_cast<std::int64_t>(t) + 1));
   }
 
   void work(std::size_t thread) {
@@ -292,9 +227,9 @@ ThreadLimit::ThreadLimit(int count) : before_(thread_limit) {
 
 ThreadLimit::~ThreadLimit() { thread_limit = before_; }
 
-std::int64_t thread_share(std::int64_t size, std::int64_t grain) {
+std::int64_t begin_of_thread(std::int64_t size, std::int64_t grain, int thread) {
   const Cut cut(size, grain, num_threads());
-  return cut.share * cut.grain;
+  return std::min(size, cut.begin_of(thread) * cut.grain);
 }
 
 void detail::parallel_ranges(std::int64_t size, std::int64_t grain, RangeFn fn, void* context,

@@ -75,11 +75,13 @@ class Tasks {
   // What each thread reads first.
   std::vector<Upcoming> first_reads() const {
     std::vector<Upcoming> reads(static_cast<std::size_t>(num_threads()));
-    const std::int64_t share = thread_share(size(), grain());
-    for (std::int64_t t = 0; t < std::ssize(reads) && t * share < size(); ++t) {
-      const Place place = at(t * share);
+    for (int t = 0; t < std::ssize(reads); ++t) {
+      const std::int64_t begin = begin_of_thread(size(), grain(), t), end = begin_of_thread(size(), grain(), t + 1);
+      if (begin == end) continue;
+      const Place place = at(begin);
       const Prepacked& weight = weights_[place.weight];
-      const std::int64_t bytes = weight.layout.panel_bytes, count = std::min(share, panels(place.weight) - place.panel);
+      const std::int64_t bytes = weight.layout.panel_bytes;
+      const std::int64_t count = std::min(end - begin, panels(place.weight) - place.panel);
       reads[static_cast<std::size_t>(t)] = {reinterpret_cast<const std::byte*>(weight.panels + place.panel * bytes),
                                             std::min(kAheadBytes, count * bytes)};
     }
@@ -100,11 +102,8 @@ std::span<const Prepacked> together(std::span<const Prepacked> weights) {
   return weights.first(count);
 }
 
-std::vector<Upcoming> first_reads(const KernelTable& table, const MatmulKernel& kernel,
-                                  std::span<const PrepackedBuffer> buffers, std::int64_t rows) {
-  if (buffers.empty() || num_threads() == 1) return {};
-  std::vector<Prepacked> weights;
-  for (const PrepackedBuffer& buffer : buffers) weights.push_back(open(buffer, table));
+std::vector<Upcoming> first_reads(const MatmulKernel& kernel, std::span<const Prepacked> weights, std::int64_t rows) {
+  if (weights.empty() || num_threads() == 1) return {};
   return Tasks(kernel, together(weights), rows).first_reads();
 }
 
@@ -136,17 +135,19 @@ void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn
   const MatmulKernel& kernel = compute == Compute::int8 ? table.int8 : table.floating;
   std::vector<Prepacked> weights;
   for (const QmatmulPart& part : parts) weights.push_back(open(part.weight, table));
-  const std::vector<Upcoming> upcoming = first_reads(table, kernel, next, rows);
+  for (const PrepackedBuffer& buffer : next) weights.push_back(open(buffer, table));
+  const std::span<const Prepacked> all(weights);
   thread_local Scratch scratch;
   for (std::size_t first = 0; first < parts.size();) {
-    const std::span<const Prepacked> some = together(std::span<const Prepacked>(weights).subspan(first));
+    const std::span<const Prepacked> some = together(all.subspan(first, parts.size() - first));
     std::byte* workspace = scratch.reserve(kernel.workspace_bytes(some[0].layout, rows));
     std::vector<MatmulArgs> args;
     for (std::size_t i = 0; i < some.size(); ++i)
       args.push_back({&some[i].layout, some[i].panels, rows, x, workspace, parts[first + i].bias, parts[first + i].y});
     prepare(kernel, args[0]);
-    run(kernel, Tasks(kernel, some, rows), args, upcoming);
     first += some.size();
+    const auto others = first < parts.size() ? all.subspan(first, parts.size() - first) : all.subspan(first);
+    run(kernel, Tasks(kernel, some, rows), args, first_reads(kernel, others, rows));
   }
 }
 

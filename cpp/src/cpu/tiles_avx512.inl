@@ -24,12 +24,11 @@ struct Prefetch {
   std::int64_t pace;
   const std::uint8_t* at(const std::uint8_t* weights) const { return to + (((weights - from) * pace) >> 6); }
 };
-// QTALE_FAR_MEMORY: for CPUs with more latency than their L1 has line buffers for. Bytes ahead of the weights in use:
-// kAhead for tiles of few rows, which ask a second time kNear bytes ahead, and kAheadOnly for larger ones, which have
-// no register left for that. kStreamFewRows: results of few rows bypass the caches, because their lines, fetched among
-// those of the weights, cost more than ten times their bytes.
+// QTALE_FAR_MEMORY: for CPUs with more latency than their L1 has line buffers for.
 #ifdef QTALE_FAR_MEMORY
+// Bytes ahead of the weights in use. Tiles of few rows ask twice; larger ones have no register left for that.
 constexpr std::int64_t kAhead = 5120, kNear = 2560, kAheadOnly = 3072;
+// Lines of y that are fetched among those of the weights cost more than ten times their bytes.
 constexpr bool kStreamFewRows = true;
 #else
 constexpr std::int64_t kAhead = 8192, kNear = 0, kAheadOnly = kAhead;

@@ -66,7 +66,8 @@ class Block {
     const TensorView qkv = memory_.matrix(Buffer::qkv, std::ssize(rows), queries() + 2 * keys());
     const TensorView x = normed(rows, in_.layer.input_norm);
     const bool queried = !in_.wanted.empty();
-    multiply(x, in_.layer.qkv, qkv, spec_.compute, in_.layer.o, queried ? 0 : queries());
+    const std::span<const Matrix> next = queried ? std::span<const Matrix>(in_.layer.o) : in_.next;
+    multiply(x, in_.layer.qkv, qkv, spec_.compute, next, queried ? 0 : queries());
     if (queried) finish(columns(qkv, 0, queries()), in_.layer.q_norm, rows);
     finish(columns(qkv, queries(), keys()), in_.layer.k_norm, rows);
     return qkv;

@@ -175,11 +175,12 @@ void Decoder::Impl::run_layer(std::size_t index, const Batch& batch, std::span<c
                     workspace_);
 }
 
-// The first weights that are read after a layer, none where the tokens decide that.
+// The first weights that are read after a layer; none where the tokens decide that, or where a layer that does not run
+// keeps keys and values.
 std::span<const Matrix> Decoder::Impl::multiplied_after(std::size_t index) const {
   while (++index < spec.layers.size()) {
     if (depth ? (*depth)[index] : !routers[index]) return spec.layers[index].qkv;
-    if (!depth) return {};
+    if (!depth || spec.kv_rule == KvRule::keep) return {};
   }
   return {&spec.head, 1};
 }

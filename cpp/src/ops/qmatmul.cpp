@@ -42,8 +42,10 @@ void qmatmul(const TensorView& x, std::span<const QmatmulWeight> weights, Comput
   std::vector<cpu::QmatmulPart> parts;
   for (const QmatmulWeight& weight : weights) parts.push_back(checked(x, weight));
   std::vector<cpu::PrepackedBuffer> following;
-  for (const TensorView& prepacked : next)
+  for (const TensorView& prepacked : next) {
+    static_cast<void>(prepacked_info(prepacked));  // throws where it is none
     following.push_back({prepacked.as<const std::uint8_t>(), prepacked.shape[0]});
+  }
   cpu::qmatmul(parts, x.shape[0], {x.data, x.dtype, x.strides[0]}, compute, following);
 }
 
