@@ -1,5 +1,4 @@
 #include "matmul_oracle.h"
-#include "core/integers.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -8,6 +7,8 @@
 #include <limits>
 #include <memory>
 #include <sstream>
+
+#include "core/integers.h"
 
 namespace qtale::test {
 namespace {

@@ -90,9 +90,15 @@ QTALE_INLINE void load_offsets(__m512i (&minus)[kVecs], const Layout& l, const s
 class Unpacking {
  public:
   Unpacking() = default;
-  // codes: where they go, [k / 4][64][4].
+  // Into `part`, whose codes lie at `codes`.
   Unpacking(const Layout& l, const std::uint8_t* panel, Span blocks, const PanelPart& part, std::uint8_t* codes)
-      : l_(&l), panel_(panel), blocks_(blocks), part_(part), codes_(codes), kind_(kind_of(l.num_bits)) {}
+      : l_(&l),
+        panel_(panel),
+        blocks_(blocks),
+        codes_(codes),
+        scales_(part.scales),
+        zeros_(part.zeros),
+        kind_(kind_of(l.num_bits)) {}
 
   bool done() const { return blocks_.begin >= blocks_.end; }
   void some(std::int64_t steps) {
@@ -153,19 +159,21 @@ class Unpacking {
     if (l_->per_channel) return;
     __m512 scale[kVecs];
     load_scales(scale, params, l_->scale_dtype);
-    for (int p = 0; p < kVecs; ++p) _mm512_store_ps(part_.scales + 16 * p, scale[p]);
-    part_.scales += kRows;
+    for (int p = 0; p < kVecs; ++p) _mm512_store_ps(scales_ + 16 * p, scale[p]);
+    scales_ += kRows;
     if (!zeros_in_sums(*l_)) return;
-    for (int p = 0; p < kVecs; ++p) _mm512_store_si512(part_.zeros + 16 * p, load_zeros(params + l_->scale_bytes, p));
-    part_.zeros += kRows;
+    for (int p = 0; p < kVecs; ++p) _mm512_store_si512(zeros_ + 16 * p, load_zeros(params + l_->scale_bytes, p));
+    zeros_ += kRows;
   }
 
   const Layout* l_ = nullptr;
   const std::uint8_t* panel_ = nullptr;
   Span blocks_{0, 0};      // that are left
   std::int64_t step_ = 0;  // of the first of them
-  PanelPart part_{};       // where its scales and zero points go
+  // Where the next ones go.
   std::uint8_t* codes_ = nullptr;
+  float* scales_ = nullptr;
+  std::int32_t* zeros_ = nullptr;
   Kind kind_{};
 };
 
