@@ -6,6 +6,9 @@ import ctypes
 import sys
 from pathlib import Path
 
+# Of <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_BYTES, _KEPT_BYTES = 8 << 20, 16 << 20
 _ROLLUP = Path("/proc/self/smaps_rollup")
 
 
@@ -15,6 +18,19 @@ def release() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(ctypes.c_size_t(0))
+
+
+def return_large_blocks() -> None:
+    """From now on give memory blocks of 8 MiB and more back to the system as they are freed.
+
+    glibc's allocator keeps those of up to 32 MiB after it has seen one freed, and the matrices of a solver then leave
+    holes between each other. Smaller blocks, which come and go with every batch, stay cheap.
+    """
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(ctypes.c_int(_M_MMAP_THRESHOLD), ctypes.c_int(_LARGE_BYTES))
+            mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(_KEPT_BYTES))
 
 
 def resident_bytes() -> int | None:

@@ -41,6 +41,25 @@ def make_sharded(folder: Path, weight_map: Any = None) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_matrix_are_read_alone(tmp_path: Path, dtype: str) -> None:
+    matrix = torch.arange(35).reshape(7, 5).to(DTYPES[dtype])
+    save_file({"before": torch.ones(3), "m": matrix, "none": torch.empty(0, 5)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    folder = open_folder(tmp_path)
+    for rows in ([6, 0, 3, 3], [2], []):
+        wanted = np.array(rows, dtype=np.int64)
+        found = folder.torch_rows("m", wanted)
+        assert found.dtype == matrix.dtype
+        assert torch.equal(found, matrix[torch.from_numpy(wanted)])
+    assert folder.torch_rows("none", np.empty(0, dtype=np.int64)).shape == (0, 5)
+    for wrong in ([7], [-1, 2]):
+        with pytest.raises(InputError, match="'m' has 7 rows; "):
+            folder.torch_rows("m", np.array(wrong, dtype=np.int64))
+    with pytest.raises(CheckpointError, match="there is no tensor 'x'"):
+        folder.torch_rows("x", np.array([0]))
+
+
 def test_a_sharded_folder_reads_every_tensor(tmp_path: Path) -> None:
     folder = open_folder(make_sharded(tmp_path / "m"))
     assert [shard.path.name for shard in folder.shards] == sorted(PARTS)

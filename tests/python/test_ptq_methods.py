@@ -16,6 +16,7 @@ from qtale import QuantSpec, SolverOptions
 from qtale.checkpoint import open_folder
 from qtale.errors import InputError
 from qtale.ptq.options import METHODS
+from tiny_models import run_python
 
 CALIBRATED = tuple(method for method in METHODS if method != "rtn")
 TOKENS = some_tokens(8, 32)
@@ -150,16 +151,37 @@ def test_options_are_checked() -> None:
 
 
 def test_a_dry_run_estimates_time_and_memory(models: dict[str, Path]) -> None:
-    few, many = (
-        qtale.quantize(
-            models["llama"], None, QuantSpec(4, 32), method=SolverOptions("gptq", num_samples=count), dry_run=True
-        )
-        for count in (8, 4096)
-    )
+    def expected(count: int, max_memory: int) -> qtale.QuantizeReport:
+        options: dict[str, Any] = {"method": SolverOptions("gptq", num_samples=count), "max_memory": max_memory}
+        return qtale.quantize(models["llama"], None, QuantSpec(4, 32), **options, dry_run=True)
+
+    few, many, filed = expected(8, 8 << 30), expected(4096, 8 << 30), expected(4096, 0)
     assert few.estimated_seconds is not None
     assert many.estimated_seconds is not None
     assert 0 < few.estimated_seconds < many.estimated_seconds
-    assert few.peak_bytes < many.peak_bytes
+    # What is larger than may be in memory lies in files.
+    assert filed.peak_bytes < few.peak_bytes < many.peak_bytes
     rounding = qtale.quantize(models["llama"], None, QuantSpec(4, 32), dry_run=True)
     assert rounding.estimated_seconds is None
     assert rounding.peak_bytes < few.peak_bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_calibrated_run_reads_of_the_embedding_what_its_tokens_need(tmp_path: Path) -> None:
+    small = save_model(tmp_path / "small")
+    large = save_model(tmp_path / "large", vocab_size=1 << 20)
+    code = (
+        "import re, pathlib, numpy as np, qtale\n"
+        "status = pathlib.Path('/proc/self/status')\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text()).group(1)) * 1024\n"
+        "tokens = np.arange(64).reshape(4, 16)\n"
+        "def run(model, out):\n"
+        "    settings = {'method': qtale.SolverOptions('gptq'), 'tokens': tokens, 'progress': False}\n"
+        "    qtale.quantize(model, out, qtale.QuantSpec(4, 32), **settings)\n"
+        f"run({str(small)!r}, 'one')\n"
+        "before = peak()\n"
+        f"run({str(large)!r}, 'two')\n"
+        "print(peak() - before)\n"
+    )
+    # The embedding has 256 MiB; copying it takes pieces of 16.
+    assert int(run_python(code, tmp_path)) < 64 << 20

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qtale.checkpoint.hub import resolve
 from qtale.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_index, read_json_object
-from qtale.checkpoint.safetensors import Shard, TensorInfo, read_header, read_raw
+from qtale.checkpoint.safetensors import Shard, TensorInfo, read_header, read_raw, read_rows
 from qtale.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -64,13 +64,20 @@ class ModelFolder:
             return wide.view(np.float32).reshape(info.shape)
         return raw.view(self._known(info, _NUMPY_TYPES)).reshape(info.shape)
 
-    def torch(self, name: str) -> torch.Tensor:
-        """A tensor as a torch CPU tensor of its own dtype."""
+    def torch_rows(self, name: str, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Some rows of a matrix [rows, columns] as a torch CPU tensor of its own dtype; only they are read."""
+        shard = self.shard_of(name)
+        info = shard.tensors[name]
+        return self._as_torch(name, read_rows(shard.path, info, rows).reshape(-1)).reshape(len(rows), *info.shape[1:])
+
+    def _as_torch(self, name: str, raw: npt.NDArray[np.uint8]) -> torch.Tensor:
         import torch
 
-        info = self.shard_of(name).tensors[name]
-        dtype = getattr(torch, self._known(info, _TORCH_TYPES))
-        return torch.from_numpy(self.raw(name)).view(dtype).reshape(info.shape)
+        return torch.from_numpy(raw).view(getattr(torch, self._known(self.tensors[name], _TORCH_TYPES)))
+
+    def torch(self, name: str) -> torch.Tensor:
+        """A tensor as a torch CPU tensor of its own dtype."""
+        return self._as_torch(name, self.raw(name)).reshape(self.tensors[name].shape)
 
     def _known(self, info: TensorInfo, types: Mapping[str, str]) -> str:
         if info.dtype not in types:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qtale.errors import CheckpointError
+from qtale.errors import CheckpointError, InputError
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_COUNT = 2**63 - 1
@@ -96,20 +98,46 @@ def read_raw(path: Path, info: TensorInfo) -> npt.NDArray[np.uint8]:
     return raw
 
 
+def read_rows(path: Path, info: TensorInfo, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """The bytes of some rows of a matrix as uint8 [len(rows), row bytes], nothing else being read.
+
+    Raises InputError for rows that the matrix does not have, else as :func:`read_raw` does.
+    """
+    count = info.shape[0]
+    if len(rows) and not 0 <= rows.min() <= rows.max() < count:
+        raise InputError(f"{path}: {info.name!r} has {count} rows; {rows.min()} to {rows.max()} were asked for.")
+    row_bytes = info.nbytes // max(count, 1)
+    raw = np.empty((len(rows), row_bytes), dtype=np.uint8)
+    with _reading(path, info) as file:
+        for row, target in zip(rows.tolist(), raw, strict=True):
+            _fill(path, info, file, info.start + row * row_bytes, target)
+    return raw
+
+
 def read_into(path: Path, info: TensorInfo, target: npt.NDArray[np.uint8]) -> None:
     """Read the bytes of one tensor into ``target``, uint8 [nbytes] and contiguous; raises as :func:`read_raw` does."""
-    view = target.data
+    with _reading(path, info) as file:
+        _fill(path, info, file, info.start, target)
+
+
+@contextmanager
+def _reading(path: Path, info: TensorInfo) -> Iterator[FileIO]:
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(info.start)
-            done = 0
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{path}: ended while {info.name!r} was read; the file changed.")
-                done += count
+            yield file
     except OSError as error:
         raise CheckpointError(f"{path}: {info.name!r} cannot be read: {error.strerror or error}.") from error
+
+
+def _fill(path: Path, info: TensorInfo, file: FileIO, start: int, target: npt.NDArray[np.uint8]) -> None:
+    view = target.data
+    file.seek(start)
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise CheckpointError(f"{path}: ended while {info.name!r} was read; the file changed.")
+        done += count
 
 
 def _parse_json(path: Path, text: bytes) -> dict[str, Any]:

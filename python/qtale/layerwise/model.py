@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from qtale import names, ops
 from qtale.checkpoint.folder import ModelFolder
-from qtale.checkpoint.safetensors import STORED_FLOATS
+from qtale.checkpoint.safetensors import STORED_FLOATS, TensorInfo
 from qtale.errors import CheckpointError, UnsupportedError
 from qtale.layerwise.skeleton import build_skeleton, decoder_layers
 from qtale.process import release
@@ -30,8 +30,8 @@ Layer = Callable[["torch.Tensor"], "torch.Tensor"]
 class LayeredModel:
     """An opened model whose decoder layers are read from disk one by one.
 
-    ``verb`` names in errors what the model is run for. Resident are the embedding matrix in its stored dtype, the final
-    norm and at most one layer in float32.
+    ``verb`` names in errors what the model is run for. Resident are the final norm and at most one layer in float32; of
+    the embedding matrix the rows are read that are asked for.
     """
 
     def __init__(self, folder: ModelFolder, verb: str = "measure") -> None:
@@ -52,7 +52,7 @@ class LayeredModel:
         self._embedding = self._model.get_input_embeddings()
         self._embedding.padding_idx = None  # rows are renumbered, see embed
         self._embed_name = self._name_of(self._embedding)
-        self._matrix = self._stored(self._embed_name)
+        self._embed_shape = self._checked_shape(self._embed_name, self._embedding.weight.shape)
         self._read_surroundings()
 
     def close(self) -> None:
@@ -70,12 +70,12 @@ class LayeredModel:
     @property
     def hidden_size(self) -> int:
         """Elements of a hidden state."""
-        return int(self._matrix.shape[1])
+        return self._embed_shape[1]
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding matrix."""
-        return int(self._matrix.shape[0])
+        return self._embed_shape[0]
 
     @property
     def scale_dtype(self) -> str:
@@ -86,7 +86,7 @@ class LayeredModel:
     def _name_of(self, module: Any) -> str:
         return next(f"{name}.weight" for name, found in self._model.named_modules() if found is module)
 
-    def _stored(self, name: str) -> torch.Tensor:
+    def _checked(self, name: str) -> TensorInfo:
         if name not in self.folder.tensors:
             raise CheckpointError(f"{self.folder.path}: lacks the tensor {name!r}.")
         dtype = self.folder.tensors[name].dtype
@@ -94,17 +94,25 @@ class LayeredModel:
             raise UnsupportedError(
                 f"{self.folder.path}: {name} has dtype {dtype}; {self._verb} takes {', '.join(STORED_FLOATS)}."
             )
-        return self.folder.torch(name)
+        return self.folder.tensors[name]
+
+    def _checked_shape(self, name: str, shape: torch.Size) -> tuple[int, ...]:
+        stored = self._checked(name).shape
+        if stored != tuple(shape):
+            raise CheckpointError(
+                f"{self.folder.path}: {name} has shape {list(stored)}, but config.json asks for {list(shape)}."
+            )
+        return stored
+
+    def _stored(self, name: str) -> torch.Tensor:
+        return self.folder.torch(self._checked(name).name)
 
     def _float32(self, name: str, shape: torch.Size, place: str = "") -> torch.Tensor:
         """A tensor in float32, in the memory that was given to ``place`` before, if it is of the same shape."""
         import torch
 
+        self._checked_shape(name, shape)
         value = self._stored(name)
-        if value.shape != shape:
-            raise CheckpointError(
-                f"{self.folder.path}: {name} has shape {list(value.shape)}, but config.json asks for {list(shape)}."
-            )
         if not place:
             return value.float()
         # New memory for every layer would leave holes, and the process would grow with the depth of the model.
@@ -126,10 +134,10 @@ class LayeredModel:
         """
         head = self._model.get_output_embeddings()
         if kind == "embed" or head is None:
-            return self._matrix
+            return self._stored(self._embed_name)
         name = self._name_of(head)
         tied = self._model.config.get_text_config().tie_word_embeddings
-        return self._matrix if tied and name not in self.folder.tensors else self._stored(name)
+        return self._stored(self._embed_name if tied and name not in self.folder.tensors else name)
 
     def _note(self, is_first: bool, hidden_states: torch.Tensor, *others: Any, **arguments: Any) -> torch.Tensor:
         if others:
@@ -155,7 +163,7 @@ class LayeredModel:
         import torch
 
         unique, inverse = np.unique(tokens, return_inverse=True)
-        rows = self._matrix[torch.from_numpy(unique)].float()
+        rows = self.folder.torch_rows(self._embed_name, unique).float()
         self._embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
         with torch.no_grad():
             self._surround(self._model.base_model, torch.from_numpy(inverse.reshape(tokens.shape)), None)

@@ -20,6 +20,7 @@ from qtale.layerwise.states import MAX_MEMORY, open_states
 from qtale.layerwise.tokens import Tokens, check_vocabulary
 from qtale.memory.host import available
 from qtale.memory.sizes import human_bytes
+from qtale.process import return_large_blocks
 from qtale.ptq.layer import LayerSolver
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import recipe_of
@@ -59,6 +60,7 @@ def solve_layers(
     tokens the model does not have and for a folder of another run, CheckpointError for broken weights or files.
     """
     where = None if resume is None else Path(resume).expanduser()
+    return_large_blocks()
     with ExitStack() as stack:
         model = stack.enter_context(closing(LayeredModel(folder, "quantize")))
         check_vocabulary(tokens, model.vocab_size, "quantize")

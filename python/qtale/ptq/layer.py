@@ -126,9 +126,11 @@ class LayerSolver:
 
     def _solve(self, stage: Stage) -> None:
         started, names, recipe = time.monotonic(), self._solved(stage), self._recipe(stage)
-        hessian = self.moments(stage, recipe).hessian()
+        moments = self.moments(stage, recipe)
         # Products over tokens leave holes in the heap, which the solver would come on top of, and the other way round.
         release()
+        hessian = moments.hessian()
+        del moments
         for name in names:
             self._solve_matrix(name, hessian, recipe)
             now = time.monotonic()

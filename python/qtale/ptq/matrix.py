@@ -175,7 +175,7 @@ def inverse_factor(name: str, hessian: torch.Tensor, order: torch.Tensor | None,
     index = torch.arange(len(hessian)) if order is None else order.long()
     index = index.flip(0)
     while damp <= _MOST_DAMP:
-        matrix = hessian[index][:, index].double()
+        matrix = hessian[index[:, None], index].double()
         matrix.diagonal().copy_(diagonal[index] + damp * mean)
         lower, failed = torch.linalg.cholesky_ex(matrix)
         del matrix

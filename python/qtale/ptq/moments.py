@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+_ROWS = 128
+
 
 class Moments:
     """Weighted sums over tokens of the rows x [tokens, in] that enter a stage whose input is ``size`` wide.
@@ -32,9 +34,16 @@ class Moments:
 
     def hessian(self) -> torch.Tensor:
         """The mean of x^T x, float32 [in, in], symmetric."""
-        upper = self._upper.div(max(self.total, 1e-30)).float()
-        # Below the diagonal nothing was summed.
-        full = upper + upper.T
+        import torch
+
+        size = len(self._upper)
+        full = torch.zeros(size, size)
+        # Some rows at a time: no more than sums and result need be in memory. Below the diagonal nothing was summed.
+        for start in range(0, size, _ROWS):
+            stop = start + _ROWS
+            rows = self._upper[start:stop, start:].div(max(self.total, 1e-30)).float()
+            full[start:stop, start:] = rows
+            full[start:, start:stop] += rows.T
         full.diagonal().mul_(0.5)
         return full
 
