@@ -68,14 +68,17 @@ struct Codes<3> {
   }
 };
 
-QTALE_INLINE void load_scales(__m512 (&out)[kVecs], const std::uint8_t* p, DType dtype) {
-  const auto* half = reinterpret_cast<const std::uint16_t*>(p);
+// The scales of V registers of rows, of which the first is register `first` of the panel.
+template <int V>
+QTALE_INLINE void load_scales(__m512 (&out)[V], const std::uint8_t* p, DType dtype, int first = 0) {
+  const auto* half = reinterpret_cast<const std::uint16_t*>(p) + 16 * first;
   if (dtype == DType::f16) {
-    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_f16(half + 16 * v); });
+    unroll<V>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_f16(half + 16 * v); });
   } else if (dtype == DType::bf16) {
-    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_bf16(half + 16 * v); });
+    unroll<V>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_bf16(half + 16 * v); });
   } else {
-    unroll<kVecs>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_f32(reinterpret_cast<const float*>(p) + 16 * v); });
+    const auto* single = reinterpret_cast<const float*>(p) + 16 * first;
+    unroll<V>([&](auto v) QTALE_INLINE_LAMBDA { out[v] = load_f32(single + 16 * v); });
   }
 }
 

@@ -177,14 +177,14 @@ void run_planes(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t pane
   const Layout& l = *a.layout;
   if (l.num_bits == 8) return avx512_table.floating.run(a, panel_begin, panel_end, row_begin, row_end);
   const PlaneRows acts(l, a.rows, a.x.dtype, a.workspace);
-  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span blocks, Prefetch prefetch,
+  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, int, Span blocks, Prefetch prefetch,
                         float* out) {
     pick_plane_tile(l.num_bits, acts.planes, rows)(l, a.panels + panel * l.panel_bytes,
                                                    acts.values + m * acts.planes * l.k_padded, acts.sums + m * l.blocks,
                                                    blocks, prefetch, out);
   };
   const Span panels{panel_begin, panel_end}, rows{row_begin, row_end};
-  run_tiles(a, panels, rows, l.blocks, kMaxTile / acts.planes, tile, [](auto&&...) {});
+  run_tiles(a, panels, rows, l.blocks, {kMaxTile / acts.planes}, tile, [](auto&&...) {});
 }
 
 }  // namespace

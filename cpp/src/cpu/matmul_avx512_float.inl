@@ -131,12 +131,12 @@ void run_float(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel
                std::int64_t row_end) {
   const Layout& l = *a.layout;
   const FloatRows acts(l, a.rows, a.workspace);
-  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, Span blocks, Prefetch prefetch,
+  const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, int, Span blocks, Prefetch prefetch,
                         float* out) {
     pick_float_tile(l.num_bits, rows)(l, a.panels + panel * l.panel_bytes, acts.values + m * l.k_padded,
                                       acts.sums + m * l.blocks, blocks, prefetch, out);
   };
-  run_tiles(a, {panel_begin, panel_end}, {row_begin, row_end}, l.blocks, kFloatTile, tile, [](auto&&...) {});
+  run_tiles(a, {panel_begin, panel_end}, {row_begin, row_end}, l.blocks, {kFloatTile}, tile, [](auto&&...) {});
 }
 
 }  // namespace

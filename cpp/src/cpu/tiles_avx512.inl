@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kRows = 64;
 constexpr std::int64_t kFewRows = 24;
-constexpr int kMaxTile = 6;  // activation rows of a tile: 24 accumulators leave room for the weights
+constexpr int kMaxTile = 6;       // activation rows of a tile: 24 accumulators leave room for the weights
+constexpr int kMaxHalfTile = 13;  // of tiles of half a panel, whose 26 accumulators leave less
 
 // Part of a range: panels, rows or activation groups.
 struct Span {
@@ -89,14 +90,21 @@ inline void store_tile(const MatmulArgs& a, std::int64_t panel, std::int64_t m, 
   }
 }
 
+// How rows and a panel are cut into tiles: at most `rows` activation rows by 1 / `parts` of the panel.
+struct TileShape {
+  std::int64_t rows;
+  int parts = 1;
+  std::int64_t tiles(std::int64_t count) const { return (count + rows - 1) / rows * parts; }
+};
+
 // Few rows: all tiles share each stretch of weights while the next one is on its way.
 template <class Tile, class Finish>
-inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, std::int64_t tile_rows,
-                         Tile&& tile, Finish&& finish) {
+inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileShape shape, Tile&& tile,
+                         Finish&& finish) {
   alignas(64) float out[kFewRows * kRows];
   if (groups == 0) std::memset(out, 0, sizeof out);  // no group begins the sums of a weight without inputs
   const std::int64_t count = rows.end - rows.begin, panel_bytes = a.layout->panel_bytes;
-  const std::int64_t tiles = (count + tile_rows - 1) / tile_rows, most = stretch_bytes(a.layout->num_bits);
+  const std::int64_t tiles = shape.tiles(count), most = stretch_bytes(a.layout->num_bits);
   const std::int64_t stretches = tiles == 1 ? 1 : (panel_bytes + most - 1) / most;
   const std::int64_t step = (groups + stretches - 1) / stretches;
   const bool stream = kStreamFewRows && can_stream(a.y);
@@ -107,11 +115,13 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
       const std::int64_t after = end < groups ? min64(groups, end + step) - end : panel + 1 < panels.end ? step : 0;
       const std::uint8_t* weights = a.panels + panel * panel_bytes + panel_bytes * g / groups;
       const std::int64_t size = panel_bytes * (end - g) / groups, next = panel_bytes * after / groups;
-      for (std::int64_t m = 0, n = 0, i = 0; m < count; m += n, ++i) {
-        n = next_tile(count - m, tile_rows);
-        const Prefetch prefetch =
-            tiles == 1 ? prefetch_ahead(weights, n) : prefetch_share(weights, size, next, i, tiles);
-        tile(panel, rows.begin + m, n, Span{g, end}, prefetch, out + m * kRows);
+      for (std::int64_t m = 0, n = 0, i = 0; m < count; m += n) {
+        n = next_tile(count - m, shape.rows);
+        for (int part = 0; part < shape.parts; ++part, ++i) {
+          const Prefetch prefetch =
+              tiles == 1 ? prefetch_ahead(weights, n) : prefetch_share(weights, size, next, i, tiles);
+          tile(panel, rows.begin + m, n, part, Span{g, end}, prefetch, out + m * kRows);
+        }
       }
     }
     finish(panel, rows.begin, count, out);
@@ -122,20 +132,21 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
 
 // Many rows: each tile runs through the whole panel, which stays in L2.
 template <class Tile, class Finish>
-inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, std::int64_t tile_rows,
+inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileShape shape,
                           Tile&& tile, Finish&& finish) {
   const Layout& l = *a.layout;
-  alignas(64) float out[kMaxTile * kRows];
+  alignas(64) float out[kMaxHalfTile * kRows];
   if (groups == 0) std::memset(out, 0, sizeof out);
-  const std::int64_t tiles = (rows.end - rows.begin + tile_rows - 1) / tile_rows;
+  const std::int64_t tiles = shape.tiles(rows.end - rows.begin);
   const bool stream = streams(a.y, a.rows, l.n);
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const std::uint8_t* weights = a.panels + panel * l.panel_bytes;
     const std::int64_t next = panel + 1 < panels.end ? l.panel_bytes : 0;
-    for (std::int64_t m = rows.begin, n = 0, i = 0; m < rows.end; m += n, ++i) {
-      n = next_tile(rows.end - m, tile_rows);
+    for (std::int64_t m = rows.begin, n = 0, i = 0; m < rows.end; m += n) {
+      n = next_tile(rows.end - m, shape.rows);
       if (!stream) claim_outputs(a, panel, m, n);
-      tile(panel, m, n, Span{0, groups}, prefetch_share(weights, l.panel_bytes, next, i, tiles), out);
+      for (int part = 0; part < shape.parts; ++part, ++i)
+        tile(panel, m, n, part, Span{0, groups}, prefetch_share(weights, l.panel_bytes, next, i, tiles), out);
       finish(panel, m, n, out);
       store_tile(a, panel, m, n, out, stream);
     }
@@ -143,15 +154,15 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
   if (stream) _mm_sfence();
 }
 
-// tile(panel, first row, rows, groups, prefetch, out) adds groups to out [rows][64], which group 0 begins anew;
-// finish(panel, first row, rows, out) ends it.
+// tile(panel, first row, rows, part of the panel, groups, prefetch, out) adds groups to out [rows][64], which group 0
+// begins anew; finish(panel, first row, rows, out) ends it.
 template <class Tile, class Finish>
-inline void run_tiles(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, std::int64_t tile_rows,
-                      Tile&& tile, Finish&& finish) {
+inline void run_tiles(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileShape shape, Tile&& tile,
+                      Finish&& finish) {
   if (rows.end - rows.begin <= kFewRows) {
-    run_few_rows(a, panels, rows, groups, tile_rows, tile, finish);
+    run_few_rows(a, panels, rows, groups, shape, tile, finish);
   } else {
-    run_many_rows(a, panels, rows, groups, tile_rows, tile, finish);
+    run_many_rows(a, panels, rows, groups, shape, tile, finish);
   }
 }
 
