@@ -238,7 +238,8 @@ def rounding_loss(
 def accumulate_gram(x: Array, gram: Array, row_weight: Array | None = None) -> None:
     """``gram += x^T diag(row_weight) x`` on and above the diagonal, in place; what lies below stays.
 
-    x is float32 [n, in], its rows contiguous; gram [in, in] float64 or float32; row_weight float32 [n], all 1 by
-    default. Sums over 1024 rows are float32, so with float64 ``|error| <= 1026 * 2^-24 * sum_n |x_ni x_nj weight_n|``.
+    x is float32 or bfloat16 [n, in], its rows contiguous; gram [in, in] float64 or float32; row_weight float32 [n], all
+    1 by default. Sums over 1024 rows are float32, so with float64
+    ``|error| <= 1026 * 2^-24 * sum_n |x_ni x_nj weight_n|``. bfloat16 without weights is fastest where the CPU has AMX.
     """
     _core.accumulate_gram(memory(x), _optional(row_weight), memory(gram))

@@ -48,6 +48,7 @@ const KernelTable& avx512_amx_table() {
     same.name = "avx512_amx";
     same.int8 = avx512_amx_int8_table;
     same.bf16_project = &avx512_amx_project_table;
+    same.bf16_gram = &avx512_amx_gram_table;
     same.decoder = &decoder;
     same.tiles = true;
     return same;

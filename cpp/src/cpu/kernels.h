@@ -138,6 +138,17 @@ double jaccard_by_sorting(const std::int32_t* a, std::int64_t a_size, const std:
 
 struct SolveKernels;  // cpu/solve.h
 
+// Sums of products of columns of bf16 numbers, 0 where there are none.
+struct GramKernel {
+  std::int64_t width;  // columns of a panel, which takes width / 2 floats a row
+  std::int64_t depth;  // rows that panels are filled up to a multiple of
+  // At most `width` columns of `rows` rows to panels of either kind.
+  void (*pack)(const std::uint16_t* x, std::int64_t stride, std::int64_t rows, std::int64_t columns, float* lanes,
+               float* entries);
+  // sums[i][j] = sum_r entries[r][i] * lanes[r][j], [width][width].
+  void (*sums)(const float* lanes, const float* entries, std::int64_t rows, float* sums);
+};
+
 struct KernelTable {
   const char* name;
   int panel_rows;
@@ -155,6 +166,7 @@ struct KernelTable {
   void (*scatter_add_rows)(const ScatterArgs&, std::int64_t begin, std::int64_t end);
   const DecoderKernels* decoder;
   const SolveKernels* solve;
+  const GramKernel* bf16_gram = nullptr;  // where the CPU has one that is faster than float32
   bool tiles = false;  // whether products of many rows are made in tiles, of which activations have a form of their own
 };
 
@@ -168,6 +180,7 @@ extern const MatmulKernel avx512_bf16_float_table;  // in place of the float one
 extern const ProjectKernel avx512_bf16_project_table;
 extern const MatmulKernel avx512_amx_int8_table;  // in place of these where the CPU has AMX
 extern const ProjectKernel avx512_amx_project_table;
+extern const GramKernel avx512_amx_gram_table;
 #endif
 
 }  // namespace qtale::cpu

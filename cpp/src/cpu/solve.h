@@ -147,7 +147,8 @@ struct RoundingLossArgs {
   GridRule rule;
 };
 struct GramArgs {
-  const float* x;
+  const void* x;
+  DType dtype;  // f32 or bf16
   std::int64_t stride, rows, columns;
   const float* row_weight;  // [rows] or nullptr
   void* gram;

@@ -15,7 +15,7 @@ from qtale.ptq.awq import scale_inputs
 from qtale.ptq.matrix import restored, solve_matrix
 from qtale.ptq.moments import Moments
 from qtale.ptq.options import SolverOptions
-from qtale.ptq.products import products
+from qtale.ptq.products import products, rounded
 from qtale.ptq.recipe import Recipe, recipe_of
 from qtale.ptq.silence import begins_behind, part_around, silenced
 from qtale.ptq.stages import Stage, find_stages, rows_entering
@@ -99,7 +99,7 @@ class LayerSolver:
 
         def entering(start: int, stop: int) -> torch.Tensor:
             rows, _ = self._rows(QUANTIZED, stage, start, stop)
-            return rows.reshape(stop - start, -1, rows.shape[-1])
+            return rows.float().reshape(stop - start, -1, rows.shape[-1])
 
         self.streams.fill(ENTERING, self.index, entering)
         self._kept = stage
@@ -156,7 +156,7 @@ class LayerSolver:
         for start, stop in self.streams.ranges():
             rows, stream = self._rows(kind, stage, start, stop)
             weight = self._even(stage, rows, stream) if recipe.even and stream is not None else None
-            moments.add(rows, weight)
+            moments.add(rows.float() if kind == DENSE else rounded(rows, self.options.compute_dtype), weight)
         return moments
 
     def _rows(self, kind: str, stage: Stage, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -166,7 +166,7 @@ class LayerSolver:
             return rows.flatten(0, 1), hidden.flatten(0, 1)
         with self.weights.using(kind):
             rows, stream = rows_entering(self.parts, stage, self.layer, hidden)
-        return rows.float(), stream
+        return rows, stream
 
     def _even(self, stage: Stage, rows: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         """The inverse energy of every token in the residual stream behind a stage: what norms divide by."""

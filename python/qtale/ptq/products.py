@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtale import _core
+
+if TYPE_CHECKING:
+    import torch
 
 FLOAT32, BFLOAT16, AUTO = "float32", "bfloat16", "auto"
 COMPUTE_DTYPES = (AUTO, FLOAT32, BFLOAT16)
@@ -25,3 +28,10 @@ def products(compute_dtype: str) -> AbstractContextManager[Any]:
     if resolved(compute_dtype) == FLOAT32:
         return nullcontext()
     return torch.autocast("cpu", torch.bfloat16)
+
+
+def rounded(rows: torch.Tensor, compute_dtype: str) -> torch.Tensor:
+    """What a product makes of the rows that enter it: bfloat16 where it rounds, which sums of squares gain from too."""
+    import torch
+
+    return rows.float() if resolved(compute_dtype) == FLOAT32 else rows.to(torch.bfloat16)
