@@ -20,7 +20,7 @@ from qtale.layerwise.states import MAX_MEMORY, open_states
 from qtale.layerwise.tokens import Tokens, check_vocabulary
 from qtale.memory.host import available
 from qtale.memory.sizes import human_bytes
-from qtale.process import return_large_blocks
+from qtale.process import release, return_large_blocks
 from qtale.ptq.layer import LayerSolver
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import recipe_of
@@ -75,8 +75,9 @@ def solve_layers(
         run = _Run(model, Streams(model, states, tokens, kinds), rows, options, journal, layers)
         found = run.run(progress)
         files = [_file(index) for index in range(model.num_layers)]
-        # Tuning holds the whole model; what ran layer by layer goes first.
+        # Tuning holds the whole model, and writing reads the solved one; what ran layer by layer goes first.
         model.close()
+        release()
         if options.tuning and rows:
             state = None if where is None else TuningState(journal, layers)
             files += _tuned(folder, rows, tokens, options, journal, layers, files, state, progress)

@@ -184,6 +184,7 @@ def inverse_factor(name: str, hessian: torch.Tensor, order: torch.Tensor | None,
             del lower
             inverse = torch.eye(len(hessian), dtype=torch.float64)
             torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse)
+            del upper
             return inverse.float().contiguous()
         damp *= 10
         _logger.warning("%s: its Hessian is singular; damped by %g of its mean diagonal", name, damp)
