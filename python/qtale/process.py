@@ -8,7 +8,9 @@ from pathlib import Path
 
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE_BYTES, _KEPT_BYTES = 8 << 20, 16 << 20
+# glibc takes no larger threshold.
+_LEAST_BYTES, _MOST_BYTES = 8 << 20, 32 << 20
+_KEPT_BYTES = 16 << 20
 _ROLLUP = Path("/proc/self/smaps_rollup")
 
 
@@ -20,16 +22,17 @@ def release() -> None:
             trim(ctypes.c_size_t(0))
 
 
-def return_large_blocks() -> None:
-    """From now on give memory blocks of 8 MiB and more back to the system as they are freed.
+def return_large_blocks(over: int) -> None:
+    """From now on give memory blocks of more than ``over`` bytes back to the system as they are freed.
 
     glibc's allocator keeps those of up to 32 MiB after it has seen one freed, and the matrices of a solver then leave
-    holes between each other. Smaller blocks, which come and go with every batch, stay cheap.
+    holes between each other. What comes and goes with every batch should be smaller than ``over``, which is taken as
+    8 MiB at least and 32 at most: fresh memory costs time.
     """
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(ctypes.c_int(_M_MMAP_THRESHOLD), ctypes.c_int(_LARGE_BYTES))
+            mallopt(ctypes.c_int(_M_MMAP_THRESHOLD), ctypes.c_int(min(max(over, _LEAST_BYTES), _MOST_BYTES)))
             mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(_KEPT_BYTES))
 
 

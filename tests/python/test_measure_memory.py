@@ -1,4 +1,4 @@
-"""Peak memory of a measurement: the embedding, one layer and the hidden states, however deep the model is."""
+"""Peak memory of a measurement: one layer, a matrix of tokens and the hidden states, however deep the model is."""
 
 from __future__ import annotations
 

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import solve_oracle as oracle
 from qtale import _core, ops, solve
+from qtale.errors import InputError
+from qtale.ptq import products
+from qtale.ptq.moments import Moments
 
 
 @pytest.fixture(params=_core.cpu_isas())
@@ -80,6 +84,48 @@ def test_rounding_loss_is_the_trace(isa: str, group: int) -> None:
             upper = np.triu(problem.hessian) + np.tril(np.full_like(problem.hessian, 7.0), -1)
             found = solve.rounding_loss(problem.weight, upper, bits, group, symmetric, column_scale=factor)
             assert found == pytest.approx(expected, rel=2e-3 if bits == 8 else 1e-4)
+
+
+def test_gram_takes_bfloat16(isa: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for n, columns in ((0, 5), (33, 70), (1500, 61)):
+        x = torch.randn(n, columns + 3, generator=generator).bfloat16()[:, :columns]
+        weights = torch.rand(n, generator=generator)
+        for dtype in (torch.float64, torch.float32):
+            for row_weight in (None, weights):
+                gram = torch.ones(columns, columns, dtype=dtype)
+                solve.accumulate_gram(x, gram, row_weight)
+                exact, w = x.double(), torch.ones(n).double() if row_weight is None else weights.double()
+                bound = 1100 * 2.0**-24 * ((exact.abs().T * w) @ exact.abs() + 1)
+                assert bool(((gram - 1 - (exact.T * w) @ exact).abs().triu() <= bound).all())
+                assert torch.equal(gram.tril(-1), torch.ones_like(gram).tril(-1))
+    for wrong in (torch.float16, torch.int8):
+        with pytest.raises(InputError, match="expected float32 or bfloat16"):
+            solve.accumulate_gram(torch.ones(2, 3).to(wrong), torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_give_the_mean_of_squares(size: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(size)
+    moments, rows = Moments(size), torch.randn(40, size, generator=generator)
+    weight = torch.rand(40, generator=generator) + 0.1 if weighted else None
+    assert torch.equal(moments.hessian(), torch.zeros(size, size))
+    moments.add(rows[:30], None if weight is None else weight[:30])
+    moments.add(rows[30:], None if weight is None else weight[30:])
+    found, w = moments.hessian(), torch.ones(40).double() if weight is None else weight.double()
+    expected = (rows.double().T * w) @ rows.double() / w.sum()
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sums_are_of_what_products_round_to_where_that_is_faster() -> None:
+    rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(products.to_sum(rows, "float32"), rows)
+    amx = "avx512_amx" in _core.cpu_isas()
+    expected = rows.bfloat16() if amx else rows
+    assert torch.equal(products.to_sum(rows, "bfloat16"), expected)
+    assert products.to_sum(rows, "auto").dtype == expected.dtype
 
 
 def test_gram_sums_the_upper_triangle(isa: str) -> None:

@@ -65,8 +65,9 @@ double rounding_loss(const TensorView& weight, const TensorView& hessian, const 
                      std::int64_t group_size, bool symmetric, DType scale_dtype);
 
 // gram += x^T diag(row_weight) x on and above the diagonal; what is below stays.
-//   x [n, in] f32|bf16, rows may be apart; gram [in, in] f64|f32; row_weight [n] f32 or nullptr. Sums over 1024 rows are
-//   float32, those are added in gram's dtype: |error| <= 1026 * 2^-24 * sum_n |weight_n x_ni x_nj| with f64.
+//   x [n, in] f32|bf16, rows may be apart; gram [in, in] f64|f32; row_weight [n] f32 or nullptr. Sums over 1024 rows
+//   are float32, those are added in gram's dtype: |error| <= 1026 * 2^-24 * sum_n |weight_n x_ni x_nj| with f64. AMX,
+//   which sums bf16 without weights, takes numbers and sums below 2^-126 as zero.
 void accumulate_gram(const TensorView& x, const TensorView* row_weight, const TensorView& gram);
 
 }  // namespace qtale

@@ -1,6 +1,6 @@
 // int8 qmatmul on AVX-512 VNNI over 64-row panels: unsigned codes against broadcast signed activations.
 // Four registers hold one input quad of 64 rows; a tile of up to six activation rows reuses each unpacked register.
-// More rows take tiles of half a panel, where up to twelve reuse it: unpacking takes as long as multiplying a row.
+// More rows take tiles of half a panel, where up to 13 reuse it: unpacking takes as long as multiplying a row.
 #include "cpu/codes_avx512.inl"
 
 namespace qtale::cpu {
@@ -179,7 +179,7 @@ inline TileFns pick_tile(int num_bits, std::int64_t rows, bool half) {
 
 // Blocks of 32 and 64 inputs scale their sums so often that twelve to sixteen registers of sums in a tile are best:
 // more of that overlaps with products. But up to five rows one tile is better, as it reads weights better than two.
-inline TileShape tile_shape(const Layout& l, std::int64_t rows) {
+inline TileCut tile_cut(const Layout& l, std::int64_t rows) {
   if (rows > kMaxTile && l.num_bits < 8 && l.block_k > 32) return {l.block_k < kActGroup ? 8 : kMaxHalfTile, 2};
   return {l.block_k < kActGroup && rows >= kMaxTile ? 4 : kMaxTile};
 }
@@ -188,18 +188,18 @@ void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
               std::int64_t row_end) {
   const Layout& l = *a.layout;
   const Int8Rows acts(l, a.rows, a.workspace);
-  const TileShape shape = tile_shape(l, row_end - row_begin);
+  const TileCut cut = tile_cut(l, row_end - row_begin);
   const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, int part, Span span, Prefetch prefetch,
                         float* out) {
     const TileIn in{acts.codes + m * l.k_padded, acts.scales + m * l.act_groups, acts.sums + m * l.blocks, prefetch,
-                    part * kVecs / shape.parts};
-    const TileFns tiles = pick_tile(l.num_bits, rows, shape.parts > 1);
+                    part * kVecs / cut.parts};
+    const TileFns tiles = pick_tile(l.num_bits, rows, cut.parts > 1);
     (l.per_channel ? tiles.channel : tiles.grouped)(l, a.panels + panel * l.panel_bytes, in, span, out);
   };
   const auto finish = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, float* out) {
     if (l.per_channel) finish_channel(l, a.panels + panel * l.panel_bytes, acts.totals + m, rows, out);
   };
-  run_tiles(a, {panel_begin, panel_end}, {row_begin, row_end}, l.act_groups, shape, tile, finish);
+  run_tiles(a, {panel_begin, panel_end}, {row_begin, row_end}, l.act_groups, cut, tile, finish);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// How a product is cut into tiles of a few activation rows and one 64-row panel.
+// How a product is cut into tiles of a few activation rows and one 64-row panel, or half of it.
 #pragma once
 
 #include <immintrin.h>
@@ -91,7 +91,7 @@ inline void store_tile(const MatmulArgs& a, std::int64_t panel, std::int64_t m, 
 }
 
 // How rows and a panel are cut into tiles: at most `rows` activation rows by 1 / `parts` of the panel.
-struct TileShape {
+struct TileCut {
   std::int64_t rows;
   int parts = 1;
   std::int64_t tiles(std::int64_t count) const { return (count + rows - 1) / rows * parts; }
@@ -99,12 +99,12 @@ struct TileShape {
 
 // Few rows: all tiles share each stretch of weights while the next one is on its way.
 template <class Tile, class Finish>
-inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileShape shape, Tile&& tile,
+inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileCut cut, Tile&& tile,
                          Finish&& finish) {
   alignas(64) float out[kFewRows * kRows];
   if (groups == 0) std::memset(out, 0, sizeof out);  // no group begins the sums of a weight without inputs
   const std::int64_t count = rows.end - rows.begin, panel_bytes = a.layout->panel_bytes;
-  const std::int64_t tiles = shape.tiles(count), most = stretch_bytes(a.layout->num_bits);
+  const std::int64_t tiles = cut.tiles(count), most = stretch_bytes(a.layout->num_bits);
   const std::int64_t stretches = tiles == 1 ? 1 : (panel_bytes + most - 1) / most;
   const std::int64_t step = (groups + stretches - 1) / stretches;
   const bool stream = kStreamFewRows && can_stream(a.y);
@@ -116,8 +116,8 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
       const std::uint8_t* weights = a.panels + panel * panel_bytes + panel_bytes * g / groups;
       const std::int64_t size = panel_bytes * (end - g) / groups, next = panel_bytes * after / groups;
       for (std::int64_t m = 0, n = 0, i = 0; m < count; m += n) {
-        n = next_tile(count - m, shape.rows);
-        for (int part = 0; part < shape.parts; ++part, ++i) {
+        n = next_tile(count - m, cut.rows);
+        for (int part = 0; part < cut.parts; ++part, ++i) {
           const Prefetch prefetch =
               tiles == 1 ? prefetch_ahead(weights, n) : prefetch_share(weights, size, next, i, tiles);
           tile(panel, rows.begin + m, n, part, Span{g, end}, prefetch, out + m * kRows);
@@ -132,20 +132,20 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
 
 // Many rows: each tile runs through the whole panel, which stays in L2.
 template <class Tile, class Finish>
-inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileShape shape,
-                          Tile&& tile, Finish&& finish) {
+inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileCut cut, Tile&& tile,
+                          Finish&& finish) {
   const Layout& l = *a.layout;
   alignas(64) float out[kMaxHalfTile * kRows];
   if (groups == 0) std::memset(out, 0, sizeof out);
-  const std::int64_t tiles = shape.tiles(rows.end - rows.begin);
+  const std::int64_t tiles = cut.tiles(rows.end - rows.begin);
   const bool stream = streams(a.y, a.rows, l.n);
   for (std::int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const std::uint8_t* weights = a.panels + panel * l.panel_bytes;
     const std::int64_t next = panel + 1 < panels.end ? l.panel_bytes : 0;
     for (std::int64_t m = rows.begin, n = 0, i = 0; m < rows.end; m += n) {
-      n = next_tile(rows.end - m, shape.rows);
+      n = next_tile(rows.end - m, cut.rows);
       if (!stream) claim_outputs(a, panel, m, n);
-      for (int part = 0; part < shape.parts; ++part, ++i)
+      for (int part = 0; part < cut.parts; ++part, ++i)
         tile(panel, m, n, part, Span{0, groups}, prefetch_share(weights, l.panel_bytes, next, i, tiles), out);
       finish(panel, m, n, out);
       store_tile(a, panel, m, n, out, stream);
@@ -157,12 +157,12 @@ inline void run_many_rows(const MatmulArgs& a, Span panels, Span rows, std::int6
 // tile(panel, first row, rows, part of the panel, groups, prefetch, out) adds groups to out [rows][64], which group 0
 // begins anew; finish(panel, first row, rows, out) ends it.
 template <class Tile, class Finish>
-inline void run_tiles(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileShape shape, Tile&& tile,
+inline void run_tiles(const MatmulArgs& a, Span panels, Span rows, std::int64_t groups, TileCut cut, Tile&& tile,
                       Finish&& finish) {
   if (rows.end - rows.begin <= kFewRows) {
-    run_few_rows(a, panels, rows, groups, shape, tile, finish);
+    run_few_rows(a, panels, rows, groups, cut, tile, finish);
   } else {
-    run_many_rows(a, panels, rows, groups, shape, tile, finish);
+    run_many_rows(a, panels, rows, groups, cut, tile, finish);
   }
 }
 

@@ -44,9 +44,10 @@ def measure_tokens(
     killed goes on with the layer it was in, giving the same result; a finished one leaves the folder as a record.
     ``decode`` turns a token number into the word that people read, ``data`` describes where the tokens came from.
 
-    Peak memory is the embedding matrix, one layer in float32 and ``max_memory``; ``fisher`` needs three times a
-    layer, and all metrics of the loss need the head in float32. Raises InputError for tokens or settings that do not
-    fit the model, CheckpointError for broken weights, UnsupportedError for models that are not built as Llama is.
+    Peak memory is one layer in float32 and ``max_memory``; ``fisher`` needs three times a layer, ``jaccard`` the matrix
+    of its tokens, and all metrics of the loss need the head in float32. Raises InputError for tokens or settings that
+    do not fit the model, CheckpointError for broken weights, UnsupportedError for models that are not built as Llama
+    is.
     """
     tokens = check_tokens(tokens, "measure")
     count, length = tokens.shape

@@ -25,7 +25,7 @@ Specs = Callable[[str], QuantSpec | None]
 def divergences(folder: ModelFolder, tokens: Tokens, ways: Sequence[Specs], *, progress: bool = True) -> list[float]:
     """KL(p || p') in nats per token of every way of rounding, on token numbers [sequences, length].
 
-    Runs layer by layer: in memory are the embedding matrix, a layer in float32 twice, the head in float32, and the
+    Runs layer by layer: in memory are a layer in float32 twice, the head in float32, and the
     hidden states of every way up to ``MAX_MEMORY``, more of them lie in temporary files. Positions are those at which
     the metric ``kl`` compares. Raises CheckpointError and UnsupportedError as ``measure_tokens`` does.
     """

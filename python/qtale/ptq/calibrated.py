@@ -21,11 +21,12 @@ from qtale.layerwise.tokens import Tokens, check_vocabulary
 from qtale.memory.host import available
 from qtale.memory.sizes import human_bytes
 from qtale.process import release, return_large_blocks
+from qtale.ptq import products
 from qtale.ptq.layer import LayerSolver
 from qtale.ptq.options import SolverOptions
 from qtale.ptq.recipe import recipe_of
 from qtale.ptq.solved import SolvedLayers
-from qtale.ptq.streams import DENSE, QUANTIZED, Streams
+from qtale.ptq.streams import BATCH_TOKENS, DENSE, QUANTIZED, Streams
 from qtale.ptq.tune import TuneOptions, needed_bytes, tune
 from qtale.ptq.tuning_state import TuningState
 from qtale.ptq.worklist import LayerRow
@@ -60,7 +61,8 @@ def solve_layers(
     tokens the model does not have and for a folder of another run, CheckpointError for broken weights or files.
     """
     where = None if resume is None else Path(resume).expanduser()
-    return_large_blocks()
+    widest = max((max(row.shape) for row in rows.values()), default=0)
+    return_large_blocks(over=5 * BATCH_TOKENS * widest)  # float32 states of a batch, and a little more
     with ExitStack() as stack:
         model = stack.enter_context(closing(LayeredModel(folder, "quantize")))
         check_vocabulary(tokens, model.vocab_size, "quantize")
@@ -131,6 +133,7 @@ def _key(folder: ModelFolder, rows: Mapping[str, LayerRow], options: SolverOptio
         "model": fingerprint(folder),
         "calibration": hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
         "bits and groups": specs,
+        "sums of squares of inputs": products.input_sums(options.compute_dtype),
         **options.to_json(),
     }
 

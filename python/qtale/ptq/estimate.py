@@ -71,8 +71,9 @@ def _peak(folder: ModelFolder, rows: Mapping[str, LayerRow], options: SolverOpti
     states = streams * options.num_samples * options.seq_len * hidden * 4
     if states > max_memory:
         states = 0  # they lie in files
-    embedding = max((info.nbytes for info in folder.tensors.values()), default=0)
+    # As a head takes that is rounded at the end.
+    largest = max((info.nbytes for info in folder.tensors.values()), default=0)
     # A layer twice, dense and quantized; the Hessian, its damped copy, factor and inverse, two of them in float64.
     solving = 8 * max(layers.values()) + 24 * width**2 + 4 * BATCH_TOKENS * (4 * inner + 6 * hidden)
     tuning = needed_bytes(folder, options.seq_len, TuneOptions(options.tuning, 0)) if options.tuning else 0
-    return PROCESS_BYTES + _LIBRARIES + max(embedding, solving + states, tuning)
+    return PROCESS_BYTES + _LIBRARIES + max(largest, solving + states, tuning)

@@ -15,7 +15,7 @@ from qtale.ptq.awq import scale_inputs
 from qtale.ptq.matrix import restored, solve_matrix
 from qtale.ptq.moments import Moments
 from qtale.ptq.options import SolverOptions
-from qtale.ptq.products import products, rounded
+from qtale.ptq.products import products, to_sum
 from qtale.ptq.recipe import Recipe, recipe_of
 from qtale.ptq.silence import begins_behind, part_around, silenced
 from qtale.ptq.stages import Stage, find_stages, rows_entering
@@ -156,7 +156,8 @@ class LayerSolver:
         for start, stop in self.streams.ranges():
             rows, stream = self._rows(kind, stage, start, stop)
             weight = self._even(stage, rows, stream) if recipe.even and stream is not None else None
-            moments.add(rows.float() if kind == DENSE else rounded(rows, self.options.compute_dtype), weight)
+            plain = kind == DENSE or weight is not None
+            moments.add(rows.float() if plain else to_sum(rows, self.options.compute_dtype), weight)
         return moments
 
     def _rows(self, kind: str, stage: Stage, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:

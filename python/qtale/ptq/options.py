@@ -28,7 +28,8 @@ class SolverOptions:
     * ``tune_steps``: steps of end-to-end tuning after the layers (:mod:`qtale.ptq.tune`), None: 64 for "auto", else 0.
     * ``awq_steps``: points of AWQ's grid of exponents between 0 and 1.
     * ``compute_dtype``: what enters the products of the layers as they run over the calibration tokens is rounded to,
-      "float32", "bfloat16" or "auto": bfloat16 where the processor has instructions for it. Solvers keep float32.
+      "float32", "bfloat16" or "auto": bfloat16 where the processor has instructions for it. Solvers keep float32; with
+      AMX sums of squares of inputs that do not weigh their tokens are of rounded inputs, too.
     """
 
     method: str = RTN

@@ -30,8 +30,14 @@ def products(compute_dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def rounded(rows: torch.Tensor, compute_dtype: str) -> torch.Tensor:
-    """What a product makes of the rows that enter it: bfloat16 where it rounds, which sums of squares gain from too."""
+def input_sums(compute_dtype: str) -> str:
+    """What unweighted sums of squares of inputs are made of: bfloat16 where products round to it and AMX sums it."""
+    gains = resolved(compute_dtype) == BFLOAT16 and "avx512_amx" in _core.cpu_isas()
+    return BFLOAT16 if gains else FLOAT32
+
+
+def to_sum(rows: torch.Tensor, compute_dtype: str) -> torch.Tensor:
+    """The rows that enter a product as the sums of their squares take them."""
     import torch
 
-    return rows.float() if resolved(compute_dtype) == FLOAT32 else rows.to(torch.bfloat16)
+    return rows.to(getattr(torch, input_sums(compute_dtype)))
