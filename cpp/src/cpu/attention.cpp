@@ -45,12 +45,14 @@ class Attention {
       : args_(args), kernel_(kernel_for(args)) {
     const std::int64_t block_rows = std::max<std::int64_t>(1, kernel_.queries / args.group);
     for (const AttentionRun& run : runs) {
-      // Late rows see most: they come first, so that no thread is left alone with them.
-      for (std::int64_t row = (run.rows - 1) / block_rows * block_rows; row >= 0; row -= block_rows) {
-        const std::int64_t rows = std::min(block_rows, run.rows - row);
-        for (std::int64_t head = 0; head < kv_heads; ++head)
+      // A head's entries stay in the cache for all of its blocks. Late rows see most: they come first, so that no
+      // thread is left alone with them.
+      for (std::int64_t head = 0; head < kv_heads; ++head) {
+        for (std::int64_t row = (run.rows - 1) / block_rows * block_rows; row >= 0; row -= block_rows) {
+          const std::int64_t rows = std::min(block_rows, run.rows - row);
           items_.push_back(make_item(args, {run.pages.data(), run.row + row, rows, head}));
-        queries_ = std::max(queries_, rows * args.group);
+          queries_ = std::max(queries_, rows * args.group);
+        }
       }
     }
     state_bytes_ = (kernel_.state_bytes(args, queries_) + 63) / 64 * 64;

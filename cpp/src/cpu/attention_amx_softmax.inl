@@ -50,36 +50,37 @@ inline __mmask32 lanes_seen(const Range& range, std::int32_t first) {
   return below(range.end) & ~below(range.begin);
 }
 
-// Weighs the queries [row, end). What one does not see weighs nothing.
+// Weighs a query. What it does not see weighs nothing.
+template <bool Int8, bool Whole>
+QTALE_INLINE void weigh_query(const Unweighed16& u, std::int64_t row) {
+  VecF values[kVecs], x[kVecs];
+  unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
+    const std::byte* from = u.scores + row * kChunk * 4 + p * kTileLine;
+    values[p] = Int8 ? mul(_mm512_cvtepi32_ps(_mm512_load_si512(from)), load_f32(u.key_scales[p]))
+                     : load_f32(reinterpret_cast<const float*>(from));
+  });
+  const auto less = [&](float top) QTALE_INLINE_LAMBDA {
+    subtract_top<Int8>(values, set1(Int8 ? u.factors[row] : 1.0f), set1(top), x);
+    if constexpr (!Whole) hide_lanes(u.ranges[row], x);
+  };
+  less(u.tops[row] - kExp2Offset);
+  if (not_le(most_of(x), set1(kSlack)) != 0) [[unlikely]] {
+    less(0.0f);
+    raise_query(u, row, reduce_max(most_of(x)));
+    less(u.tops[row] - kExp2Offset);
+  }
+  unroll<2>([&](auto half) QTALE_INLINE_LAMBDA {
+    const VecF first = exp2_rounded(x[2 * half], &kExp2), second = exp2_rounded(x[2 * half + 1], &kExp2);
+    auto rounded = reinterpret_cast<VecI>(_mm512_cvtne2ps_pbh(second, first));
+    if constexpr (!Whole) rounded = _mm512_maskz_mov_epi16(lanes_seen(u.ranges[row], half * 32), rounded);
+    _mm512_store_si512(u.weights + row * kChunk + half * 32, rounded);
+  });
+}
+
 template <bool Int8, bool Whole>
 __attribute__((noipa)) void weigh_queries(const Unweighed16& u, std::int64_t row, std::int64_t end) {
-  VecF scale[kVecs];
-  if constexpr (Int8) unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { scale[p] = load_f32(u.key_scales[p]); });
 #pragma GCC unroll 1
-  for (; row < end; ++row) {
-    VecF values[kVecs], x[kVecs];
-    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
-      const std::byte* from = u.scores + row * kChunk * 4 + p * kTileLine;
-      values[p] = Int8 ? mul(_mm512_cvtepi32_ps(_mm512_load_si512(from)), scale[p])
-                       : load_f32(reinterpret_cast<const float*>(from));
-    });
-    const auto less = [&](float top) QTALE_INLINE_LAMBDA {
-      subtract_top<Int8>(values, set1(Int8 ? u.factors[row] : 1.0f), set1(top), x);
-      if constexpr (!Whole) hide_lanes(u.ranges[row], x);
-    };
-    less(u.tops[row] - kExp2Offset);
-    if (not_le(most_of(x), set1(kSlack)) != 0) [[unlikely]] {
-      less(0.0f);
-      raise_query(u, row, reduce_max(most_of(x)));
-      less(u.tops[row] - kExp2Offset);
-    }
-    unroll<2>([&](auto half) QTALE_INLINE_LAMBDA {
-      const VecF first = exp2_rounded(x[2 * half], &kExp2), second = exp2_rounded(x[2 * half + 1], &kExp2);
-      auto rounded = reinterpret_cast<VecI>(_mm512_cvtne2ps_pbh(second, first));
-      if constexpr (!Whole) rounded = _mm512_maskz_mov_epi16(lanes_seen(u.ranges[row], half * 32), rounded);
-      _mm512_store_si512(u.weights + row * kChunk + half * 32, rounded);
-    });
-  }
+  for (; row < end; ++row) weigh_query<Int8, Whole>(u, row);
 }
 
 }  // namespace

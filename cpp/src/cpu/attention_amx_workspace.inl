@@ -14,13 +14,52 @@ constexpr std::int64_t kValueSteps = kChunk / 2 / kTileRows;  // tiles of pairs 
 constexpr std::int64_t kColumn = kValueSteps * kTileNumbers;  // numbers of 16 dimensions of a chunk's values
 constexpr std::int64_t kTileWeights = kTileRows * kChunk;     // of 16 queries
 
+constexpr int kSumTiles = 4;  // the first ones: columns of values that are summed at once
+constexpr int kTotalTile = 4, kScoreTile = 5, kLeftTile = 6, kRightTile = 7;
+constexpr int kNarrowLeftTile = 2, kNarrowRightTile = 3;  // codes of less than a line; such heads have few columns
+
+// A tile that sums weights: its first column is one, the others are zero.
+struct OneColumn {
+  alignas(64) std::uint16_t numbers[kTileNumbers] = {};
+  constexpr OneColumn() {
+    for (int line = 0; line < kTileRows; ++line)
+      for (int i = 0; i < 2; ++i) numbers[line * kLineNumbers + i] = 0x3f80;
+  }
+};
+constexpr OneColumn kOneColumn;
+
+inline TileShapes attention_shapes(const AttentionArgs& a) {
+  TileShapes shapes;
+  if (a.dtype == DType::s8 && a.head_dim < kTileLine) {
+    shapes.set(kNarrowLeftTile, kTileRows, a.head_dim);
+    shapes.set(kNarrowRightTile, a.head_dim / 4, kTileLine);
+  }
+  return shapes;
+}
+
+// Sums in tiles that have not been stored yet.
+struct Parked {
+  float* sums = nullptr;
+  float* totals = nullptr;
+  std::int64_t stride = 0;
+  int columns = 0;
+
+  template <int Column>
+  void store() const {
+    if (Column < columns) store_tile_sums<Column>(sums + Column * kWidth, stride * std::int64_t{sizeof(float)});
+  }
+  void store_totals() const {
+    if (totals != nullptr) store_tile_sums<kTotalTile>(totals, kTileLine);
+  }
+};
+
 // Queries are codes of 8 bits or bf16 numbers, scaled to base 2; their number is rounded up to whole tiles.
 struct TileWorkspace {
   std::byte* queries = nullptr;      // [queries, query_bytes]
   float* factors = nullptr;          // [queries]; those of codes, as are the starts
   std::int32_t* starts = nullptr;    // [queries, 16]: what sums begin at
-  std::byte* scores = nullptr;       // [16, kChunk] sums of codes, or float
-  std::uint16_t* weights = nullptr;  // [2, 16, kChunk]: of two tiles of queries in turn
+  std::byte* scores = nullptr;       // [2, 16, kChunk] sums of codes, or float: of two tiles of queries in turn
+  std::uint16_t* weights = nullptr;  // [2, 16, kChunk]: likewise
   std::uint16_t* keys = nullptr;     // [kPages, padded depth / 2, kLineNumbers], where they are not codes
   std::uint16_t* values = nullptr;   // [stride / 16, kChunk / 2, kLineNumbers]
   std::uint16_t* kept = nullptr;     // the same: what some queries see of them
@@ -42,7 +81,7 @@ struct TileWorkspace {
     take(queries, rows * query_bytes);
     take(factors, rows);
     take(starts, codes ? rows * kWidth : 0);
-    take(scores, kTileWeights * std::int64_t{sizeof(float)});
+    take(scores, 2 * kTileWeights * std::int64_t{sizeof(float)});
     take(weights, 2 * kTileWeights);
     take(keys, codes ? 0 : kPages * kPageTokens * query_bytes / 2);
     take(values, stride / kWidth * kColumn);
