@@ -142,6 +142,7 @@ def cases(layer: Layer) -> list[tuple[str, float, Call, Call]]:
     square = rows * columns * columns
     gram = torch.zeros(int(columns), int(columns), dtype=torch.float64)
     diagonal = torch.diagonal(h).contiguous()
+    rounded = layer.x.bfloat16()
     return [
         (
             "gptq",
@@ -174,6 +175,12 @@ def cases(layer: Layer) -> list[tuple[str, float, Call, Call]]:
             SAMPLES * columns * columns,
             lambda: solve.accumulate_gram(layer.x, gram),
             lambda: gram.add_(layer.x.T @ layer.x),
+        ),
+        (
+            f"accumulate_gram, {SAMPLES} rows of bfloat16",
+            SAMPLES * columns * columns,
+            lambda: solve.accumulate_gram(rounded, gram),
+            lambda: gram.add_(rounded.float().T @ rounded.float()),
         ),
     ]
 

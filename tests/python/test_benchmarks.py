@@ -90,5 +90,5 @@ def test_solvers_are_measured_beside_torch():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
-    assert len({row["solver"] for row in rows}) == len(rows) == 7
+    assert len({row["solver"] for row in rows}) == len(rows) == 8
     assert all(row["seconds"] > 0 and row["faster"] > 0 for row in rows)

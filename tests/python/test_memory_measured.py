@@ -17,9 +17,16 @@ from qtale.memory import needed, shape_of_folder
 from qtale.planner import Options, Plan
 
 CONTEXT, BATCH = 256, 2
+THREADS = 2
+THREAD_BYTES = THREADS << 20  # a thread of the engine takes less than a MiB beside what is predicted
 # Loads the first folder once so that code and buffers of libraries are there before the second one is measured.
+# Without huge pages: the kernel merges pages to such of 2 MiB whenever it comes by, with what was never touched.
 SCRIPT = """
 import ctypes, gc, json, sys
+
+PR_SET_THP_DISABLE = 41
+assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+
 import torch
 import qtale
 
@@ -34,7 +41,7 @@ def mark():
         file.write("5")
 
 def run_engine(folder, context, batch):
-    engine = qtale.load(folder, progress=False)
+    engine = qtale.load(folder, num_threads=int(threads), progress=False)
     loaded = status("VmRSS")
     mark()
     engine.generate([[1 + i] * (context - 2) for i in range(batch)], 2, ignore_end=True)
@@ -51,7 +58,7 @@ def run_torch(folder, context, batch):
     return loaded, status("VmHWM")
 
 torch.set_num_threads(1)
-backend, small, large, context, batch = sys.argv[1:]
+backend, small, large, context, batch, threads = sys.argv[1:]
 run = {"engine": run_engine, "torch": run_torch}[backend]
 run(small, 16, 1)
 before = status("VmRSS")
@@ -63,7 +70,7 @@ print(json.dumps({"loaded": loaded - before, "peak": peak - before}))
 def measured(
     backend: str, small: Path, large: Path, context: int, batch: int = BATCH, **environment: str
 ) -> dict[str, int]:
-    command = [sys.executable, "-c", SCRIPT, backend, str(small), str(large), str(context), str(batch)]
+    command = [sys.executable, "-c", SCRIPT, backend, str(small), str(large), str(context), str(batch), str(THREADS)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if "clear_refs" in run.stderr:
         pytest.skip("this kernel does not reset the peak of a process")
@@ -105,9 +112,7 @@ def test_a_process_takes_what_was_predicted(demo_model: Path, small: Path, plan:
     needs = needed(shape_of_folder(open_folder(demo_model)), plan.spec_of, context=CONTEXT, batch=BATCH)
     # On CPUs with AMX, oneDNN's kernels for it hold buffers of their own, some MiB whatever the model.
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-    # Now and then a run of a busy machine holds 2.5 MiB more at its peak, which says nothing of what the model needs.
-    runs = [measured("torch", small, mixed, CONTEXT, **settings) for _ in range(3)]
-    found = min(runs, key=lambda run: run["peak"])
+    found = measured("torch", small, mixed, CONTEXT, **settings)
     assert found["loaded"] == pytest.approx(needs.weights, rel=0.03)
     assert found["peak"] == pytest.approx(needs.total, rel=0.03)
     assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12)
@@ -123,5 +128,6 @@ def test_the_engine_takes_what_was_predicted(
     needs = needed(shape, plan.spec_of, context=context, batch=batch, backend="engine")
     found = measured("engine", small, mixed, context, batch)
     assert found["loaded"] == pytest.approx(needs.weights, rel=0.03)
-    assert found["peak"] == pytest.approx(needs.total, rel=0.03)
-    assert found["peak"] - found["loaded"] == pytest.approx(needs.kv_cache + needs.workspace, rel=0.12)
+    assert 0.97 * needs.total <= found["peak"] <= 1.03 * needs.total + THREAD_BYTES
+    run = needs.kv_cache + needs.workspace
+    assert 0.88 * run <= found["peak"] - found["loaded"] <= 1.12 * run + THREAD_BYTES

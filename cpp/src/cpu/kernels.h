@@ -138,10 +138,10 @@ double jaccard_by_sorting(const std::int32_t* a, std::int64_t a_size, const std:
 
 struct SolveKernels;  // cpu/solve.h
 
-// Sums of products of columns of bf16 numbers, 0 where there are none.
+// Sums of products of columns of bf16 numbers. Panels hold zeros beyond the rows and columns that there are.
 struct GramKernel {
-  std::int64_t width;  // columns of a panel, which takes width / 2 floats a row
-  std::int64_t depth;  // rows that panels are filled up to a multiple of
+  std::int64_t width;     // columns of a panel, which takes width / 2 floats a row
+  std::int64_t row_step;  // the rows of a panel are a multiple of it
   // At most `width` columns of `rows` rows to panels of either kind.
   void (*pack)(const std::uint16_t* x, std::int64_t stride, std::int64_t rows, std::int64_t columns, float* lanes,
                float* entries);

@@ -24,7 +24,7 @@ class Gram {
         entries_width_(tiles_ ? tiles_->width : kernels_.tile),
         panels_(ceil_div(args.columns, lanes_width_)),
         depth_(std::min(kStretch, args.rows)),
-        room_(tiles_ ? ceil_div(depth_, tiles_->depth) * tiles_->depth : depth_),
+        room_(tiles_ ? ceil_div(depth_, tiles_->row_step) * tiles_->row_step : depth_),
         entries_(floats(entry_memory_, ceil_div(args.columns, entries_width_) * floats_of(entries_width_))),
         lanes_(floats(lane_memory_, panels_ * floats_of(lanes_width_))) {}
 

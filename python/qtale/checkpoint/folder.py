@@ -65,19 +65,25 @@ class ModelFolder:
         return raw.view(self._known(info, _NUMPY_TYPES)).reshape(info.shape)
 
     def torch_rows(self, name: str, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Some rows of a matrix [rows, columns] as a torch CPU tensor of its own dtype; only they are read."""
-        shard = self.shard_of(name)
-        info = shard.tensors[name]
-        return self._as_torch(name, read_rows(shard.path, info, rows).reshape(-1)).reshape(len(rows), *info.shape[1:])
+        """Some rows of a matrix [rows, columns] as a torch CPU tensor of its own dtype; only they are read.
 
-    def _as_torch(self, name: str, raw: npt.NDArray[np.uint8]) -> torch.Tensor:
+        Raises InputError for rows that it does not have, UnsupportedError for a dtype that torch lacks.
+        """
         import torch
 
-        return torch.from_numpy(raw).view(getattr(torch, self._known(self.tensors[name], _TORCH_TYPES)))
+        shard = self.shard_of(name)
+        info = shard.tensors[name]
+        dtype = getattr(torch, self._known(info, _TORCH_TYPES))
+        raw = torch.from_numpy(read_rows(shard.path, info, rows).reshape(-1))
+        return raw.view(dtype).reshape(len(rows), *info.shape[1:])
 
     def torch(self, name: str) -> torch.Tensor:
-        """A tensor as a torch CPU tensor of its own dtype."""
-        return self._as_torch(name, self.raw(name)).reshape(self.tensors[name].shape)
+        """A tensor as a torch CPU tensor of its own dtype. Raises UnsupportedError for one that torch lacks."""
+        import torch
+
+        info = self.shard_of(name).tensors[name]
+        dtype = getattr(torch, self._known(info, _TORCH_TYPES))
+        return torch.from_numpy(self.raw(name)).view(dtype).reshape(info.shape)
 
     def _known(self, info: TensorInfo, types: Mapping[str, str]) -> str:
         if info.dtype not in types:
