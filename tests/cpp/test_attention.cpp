@@ -142,17 +142,19 @@ TEST_CASE("attention: rows without entries are zero, rows of no run stay as they
 }
 
 TEST_CASE("attention: what a row does not see cannot reach it, be it infinite") {
-  constexpr std::int64_t kDim = 64, kRows = 70;
-  for (const DType dtype : {DType::f16, DType::f32}) {
+  constexpr std::int64_t kRows = 70;
+  const std::pair<DType, std::int64_t> kinds[] = {
+      {DType::f16, 64}, {DType::f32, 64}, {DType::f16, 80}, {DType::f16, 112}, {DType::f16, 128}};
+  for (const auto& [dtype, dim] : kinds) {
     Random random(15);
-    Cache cache(kRows, 1, kDim, dtype);
+    Cache cache(kRows, 1, dim, dtype);
     cache.fill(random);
     for (const std::string& isa : cpu_isas()) {
       const IsaScope scope(isa);
       for (const Compute compute : kComputes) {
         for (const std::int64_t entry : {66, 67}) {
-          INFO(isa << " " << name_of(compute) << " " << name_of(dtype) << ", entry " << entry);
-          Attending a{2, kDim, 0.125f, {}, {}, {}, {}, {}};
+          INFO(isa << " " << name_of(compute) << " " << name_of(dtype) << ", heads of " << dim << ", entry " << entry);
+          Attending a{2, dim, 0.125f, {}, {}, {}, {}, {}};
           a.compute = compute;
           add_causal(a, random, cache, kRows, 0);
           a.add(random, cache, 1, entry + 1, kRows, 0);  // sees what comes after it
@@ -160,13 +162,13 @@ TEST_CASE("attention: what a row does not see cannot reach it, be it infinite") 
           Cache spoilt = cache;
           spoilt.pages.clear();
           for (auto& page : spoilt.memory) spoilt.pages.push_back(page.data());
-          const std::vector<float> bad(kDim, std::numeric_limits<float>::infinity());
+          const std::vector<float> bad(dim, std::numeric_limits<float>::infinity());
           spoilt.append(bad, bad, entry);
           for (AttentionRun& run : a.runs) run.pages = spoilt.pages;
           const auto after = a.run();
-          CHECK(differences(before.data(), after.data(), entry * 2 * kDim) == 0);
-          CHECK(std::isnan(after[entry * 2 * kDim]));
-          CHECK(differences(before.data() + kRows * 2 * kDim, after.data() + kRows * 2 * kDim, 2 * kDim) == 0);
+          CHECK(differences(before.data(), after.data(), entry * 2 * dim) == 0);
+          CHECK(std::isnan(after[entry * 2 * dim]));
+          CHECK(differences(before.data() + kRows * 2 * dim, after.data() + kRows * 2 * dim, 2 * dim) == 0);
         }
       }
     }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/integers.h"
 #include "cpu/decoder.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
@@ -43,17 +44,14 @@ class Attention {
  public:
   Attention(const AttentionArgs& args, std::span<const AttentionRun> runs, std::int64_t kv_heads)
       : args_(args), kernel_(kernel_for(args)) {
-    const std::int64_t block_rows = std::max<std::int64_t>(1, kernel_.queries / args.group);
     for (const AttentionRun& run : runs) {
-      // A head's entries stay in the cache for all of its blocks. Late rows see most: they come first, so that no
-      // thread is left alone with them.
-      for (std::int64_t head = 0; head < kv_heads; ++head) {
-        for (std::int64_t row = (run.rows - 1) / block_rows * block_rows; row >= 0; row -= block_rows) {
-          const std::int64_t rows = std::min(block_rows, run.rows - row);
-          items_.push_back(make_item(args, {run.pages.data(), run.row + row, rows, head}));
-          queries_ = std::max(queries_, rows * args.group);
-        }
-      }
+      const std::int64_t rows = rows_of_block(run, kv_heads * static_cast<std::int64_t>(runs.size()));
+      // A head's entries stay in the cache for all of its blocks. Late rows see most: they come first, so that what
+      // threads take from each other at the end is little.
+      for (std::int64_t head = 0; head < kv_heads; ++head)
+        for (std::int64_t row = (run.rows - 1) / rows * rows; row >= 0; row -= rows)
+          items_.push_back(make_item(args, {run.pages.data(), run.row + row, std::min(rows, run.rows - row), head}));
+      queries_ = std::max(queries_, rows * args.group);
     }
     state_bytes_ = (kernel_.state_bytes(args, queries_) + 63) / 64 * 64;
     for (const Item& item : items_) {
@@ -73,6 +71,19 @@ class Attention {
   }
 
  private:
+  // Rows of the blocks that a run is cut into, which are as long as another. Where there are few of what the kernel
+  // likes best, they get shorter, down to a quarter, until all threads have some.
+  std::int64_t rows_of_block(const AttentionRun& run, std::int64_t others) const {
+    if (run.rows == 0) return 1;
+    const auto blocks_of = [&](std::int64_t queries) {
+      return ceil_div(run.rows, std::max<std::int64_t>(1, queries / args_.group));
+    };
+    std::int64_t blocks = blocks_of(kernel_.queries);
+    if (num_threads() > 1)
+      blocks = std::max(blocks, std::min(blocks_of(kernel_.queries / 4), ceil_div(num_threads() * kTasks, others)));
+    return ceil_div(run.rows, blocks);
+  }
+
   // Tasks out of `count` that are worth a second thread.
   std::int64_t grain(std::int64_t count) const {
     return std::max<std::int64_t>(1, kRunGrain * count / std::max<std::int64_t>(1, work_));

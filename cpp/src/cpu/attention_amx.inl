@@ -15,6 +15,7 @@ namespace qtale::cpu::attending {
 namespace {
 
 constexpr std::int64_t kTileQueries = 512;  // of a block: they share what is made of keys and values
+
 template <class E, bool Int8Keys>
 class TileSpan : BlockSpan<E> {
   using Base = BlockSpan<E>;
@@ -74,7 +75,7 @@ class TileSpan : BlockSpan<E> {
       if (tile < last) beside = {unweighed(tile), !seen_by(tile, sees_part)};
       Parked sums;
       if (tile > first) apart ? add_apart(tile - 1) : add_values(addends(tile - 1), sums, beside);
-      tile + 1 < last ? multiply_keys(tile + 1, sums, beside) : store(sums);
+      tile + 1 < last ? multiply_keys(tile + 1, sums, beside) : sums.store_all();
       beside.rest();
     }
   }
@@ -86,7 +87,7 @@ class TileSpan : BlockSpan<E> {
     return std::any_of(ranges_ + tile * kTileRows, ranges_ + min64((tile + 1) * kTileRows, count_), test);
   }
 
-  // Keys and values of the chunk to tiles. Entries that no query sees are zero: they may be any bits.
+  // Keys and values of the chunk to tiles. Entries before and after the span's are zero: they may be any bits.
   void convert() {
     const std::int64_t depth = a_.head_dim;
     for (int p = 0; p < kPages; ++p) {
@@ -122,7 +123,7 @@ class TileSpan : BlockSpan<E> {
     sums.store_totals();
     store_scores(std::integral_constant<int, kVecs - 1>{});
   }
-  // Where the scores of a page are summed: the sums of values leave one tile after the other.
+  // Where the scores of a page are summed: in tiles whose sums of values have been stored a page before.
   static constexpr int score_tile(int p) { return p == 1 || p == 2 ? p - 1 : kScoreTile; }
 
   template <int Page>
@@ -151,11 +152,6 @@ class TileSpan : BlockSpan<E> {
       load_tile<Right>(w_.keys + Page * kPageTokens * w_.query_bytes / 2 + step * kTileNumbers, kTileLine);
       multiply_bf16_tiles<Scores, Left, Right>();
     }
-  }
-
-  static void store(const Parked& sums) {
-    unroll<kSumTiles>([&](auto c) QTALE_INLINE_LAMBDA { sums.template store<c>(); });
-    sums.store_totals();
   }
 
   std::byte* scores(std::int64_t tile) const {
@@ -199,7 +195,7 @@ class TileSpan : BlockSpan<E> {
       copy_floats(all.sums, kTileRows * stride, w_.sums);
       copy_floats(all.totals, kTileRows * kWidth, w_.totals);
       add_values({all.weights, w_.kept, w_.sums, w_.totals}, sums, nothing);
-      store(sums);
+      sums.store_all();
       copy_floats(w_.sums + (begin - first) * stride, (end - begin) * stride, state_.sums + begin * stride);
       copy_floats(w_.totals + (begin - first) * kWidth, (end - begin) * kWidth, state_.totals + begin * kWidth);
     });

@@ -16,7 +16,7 @@ constexpr std::int64_t kTileWeights = kTileRows * kChunk;     // of 16 queries
 
 constexpr int kSumTiles = 4;  // the first ones: columns of values that are summed at once
 constexpr int kTotalTile = 4, kScoreTile = 5, kLeftTile = 6, kRightTile = 7;
-constexpr int kNarrowLeftTile = 2, kNarrowRightTile = 3;  // codes of less than a line; such heads have few columns
+constexpr int kNarrowLeftTile = 2, kNarrowRightTile = 3;  // codes of less than a line: such heads have two columns
 
 // A tile that sums weights: its first column is one, the others are zero.
 struct OneColumn {
@@ -50,6 +50,10 @@ struct Parked {
   }
   void store_totals() const {
     if (totals != nullptr) store_tile_sums<kTotalTile>(totals, kTileLine);
+  }
+  void store_all() const {
+    unroll<kSumTiles>([&](auto c) QTALE_INLINE_LAMBDA { store<c>(); });
+    store_totals();
   }
 };
 

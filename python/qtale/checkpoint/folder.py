@@ -58,11 +58,12 @@ class ModelFolder:
 
     def numpy(self, name: str) -> npt.NDArray[Any]:
         """A tensor as a numpy array of its own dtype; bfloat16, which numpy lacks, comes exactly widened to float32."""
-        info, raw = self.shard_of(name).tensors[name], self.raw(name)
+        info = self.shard_of(name).tensors[name]
         if info.dtype == "BF16":
-            wide = raw.view(np.uint16).astype(np.uint32) << 16
+            wide = self.raw(name).view(np.uint16).astype(np.uint32) << 16
             return wide.view(np.float32).reshape(info.shape)
-        return raw.view(self._known(info, _NUMPY_TYPES)).reshape(info.shape)
+        dtype = self._known(info, _NUMPY_TYPES)
+        return self.raw(name).view(dtype).reshape(info.shape)
 
     def torch_rows(self, name: str, rows: npt.NDArray[np.int64]) -> torch.Tensor:
         """Some rows of a matrix [rows, columns] as a torch CPU tensor of its own dtype; only they are read.
