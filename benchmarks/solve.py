@@ -128,6 +128,12 @@ def torch_prox(layer: Layer, step: float) -> torch.Tensor:
     return torch.maximum(torch.minimum(layer.weight, threshold), -threshold)
 
 
+def torch_gram(x: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """gram += x^T x; bfloat16 is widened first, once."""
+    wide = x.float()
+    return gram.add_(wide.T @ wide)
+
+
 def torch_rounding_loss(layer: Layer) -> float:
     """tr(D H D^T)."""
     codes, scale, _ = ops.quantize(layer.weight, BITS, layer.group_size)
@@ -174,13 +180,13 @@ def cases(layer: Layer) -> list[tuple[str, float, Call, Call]]:
             f"accumulate_gram, {SAMPLES} rows",
             SAMPLES * columns * columns,
             lambda: solve.accumulate_gram(layer.x, gram),
-            lambda: gram.add_(layer.x.T @ layer.x),
+            lambda: torch_gram(layer.x, gram),
         ),
         (
             f"accumulate_gram, {SAMPLES} rows of bfloat16",
             SAMPLES * columns * columns,
             lambda: solve.accumulate_gram(rounded, gram),
-            lambda: gram.add_(rounded.float().T @ rounded.float()),
+            lambda: torch_gram(rounded, gram),
         ),
     ]
 

@@ -74,7 +74,7 @@ class ModelFolder:
 
         shard = self.shard_of(name)
         info = shard.tensors[name]
-        dtype = getattr(torch, self._known(info, _TORCH_TYPES))
+        dtype = self._torch_dtype(info)
         raw = torch.from_numpy(read_rows(shard.path, info, rows).reshape(-1))
         return raw.view(dtype).reshape(len(rows), *info.shape[1:])
 
@@ -83,8 +83,13 @@ class ModelFolder:
         import torch
 
         info = self.shard_of(name).tensors[name]
-        dtype = getattr(torch, self._known(info, _TORCH_TYPES))
+        dtype = self._torch_dtype(info)
         return torch.from_numpy(self.raw(name)).view(dtype).reshape(info.shape)
+
+    def _torch_dtype(self, info: TensorInfo) -> Any:
+        import torch
+
+        return getattr(torch, self._known(info, _TORCH_TYPES))
 
     def _known(self, info: TensorInfo, types: Mapping[str, str]) -> str:
         if info.dtype not in types:
