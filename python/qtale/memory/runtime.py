@@ -78,7 +78,7 @@ def _engine_workspace(shape: ModelShape, context: int, batch: int) -> int:
     """One pass: float32 rows of residual stream, attention and MLP, inputs of one product, logits of a row a sequence.
 
     Inputs are int8 codes where weights are quantized, and float32 once more where they are not. Beside these, each
-    thread takes up to a MiB, which grows with nothing but the size of attention heads.
+    thread takes a MiB or two, which grow with nothing but the size of attention heads.
     """
     row = 4 * (4 * shape.intermediate_width + 5 * shape.attention_width + shape.kv_width) + _codes(shape)
     return min(PASS_TOKENS, batch * context) * row + 4 * batch * shape.vocabulary
