@@ -33,8 +33,9 @@ TASKS = "arc_easy,piqa"
 ENGINE: dict[str, tuple[QuantSpec | None, str]] = {
     "engine dense": (None, "float"),
     "engine bfloat16": (None, "bfloat16"),
-    "engine W8": (QuantSpec(8, "channel"), "int8"),
-    "engine W4": (QuantSpec(4, "auto"), "int8"),
+    "engine W8": (QuantSpec(8, "channel"), "int16"),
+    "engine W4": (QuantSpec(4, "auto"), "int16"),
+    "engine W4, int8": (QuantSpec(4, "auto"), "int8"),
 }
 BATCHES = (1, 8, 32)  # lm-eval's default first
 TARGET = 5.0

@@ -67,6 +67,7 @@ KERNELS = (
     Kernel(8, 0, "int8", {"avx512": 0.92, "avx2": 0.86}, {"avx512": 0.85, "avx2": 0.70}),
     Kernel(3, 128, "int8", {"avx512": 0.85, "avx2": 0.70}),
     Kernel(2, 128, "int8"),
+    Kernel(4, 128, "int16", {}, {}),
     Kernel(4, 128, "float", {"avx512": 0.85, "avx2": 0.55}),
 )
 

@@ -19,9 +19,10 @@ PrepackedInfo make_info(std::int64_t out, std::int64_t in, std::int64_t groups, 
 
 Compute compute_from_name(const std::string& op, const std::string& name) {
   if (name == "int8") return Compute::int8;
+  if (name == "int16") return Compute::int16;
   if (name == "float") return Compute::floating;
   if (name == "bfloat16") return Compute::bfloat16;
-  throw InputError(op + ": compute '" + name + "' is not a mode; use 'int8', 'float' or 'bfloat16'.");
+  throw InputError(op + ": compute '" + name + "' is not a mode; use 'int8', 'int16', 'float' or 'bfloat16'.");
 }
 
 void register_ops(py::module_& module) {

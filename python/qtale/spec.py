@@ -10,7 +10,7 @@ NUM_BITS = (2, 3, 4, 8)
 GROUP_SIZES = (128, 64, 32)
 PER_CHANNEL = 0
 # How layers multiply: quantized ones, those that are not, and a whole model in the engine.
-COMPUTE = ("int8", "float")
+COMPUTE = ("int8", "int16", "float")
 DENSE_COMPUTE = ("float", "bfloat16")
 ENGINE_COMPUTE = (*COMPUTE, "bfloat16")
 

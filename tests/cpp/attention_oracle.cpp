@@ -154,8 +154,6 @@ void add_causal(Attending& a, Random& random, const Cache& cache, std::int64_t r
   a.add(random, cache, rows, window > 0 ? end - window : -cache.entries, end, 1);
 }
 
-std::string name_of(Compute compute) { return compute == Compute::int8 ? "int8" : "float"; }
-
 std::string text(const Case& c, DType dtype, Compute compute, const std::string& isa) {
   return isa + " " + name_of(compute) + " " + std::string(name_of(dtype)) + ": " + std::to_string(c.heads) + "/" +
          std::to_string(c.kv_heads) + " heads of " + std::to_string(c.head_dim) + ", " + std::to_string(c.rows) +

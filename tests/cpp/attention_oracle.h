@@ -60,7 +60,6 @@ struct Case {
 };
 void add_causal(Attending& a, Random& random, const Cache& cache, std::int64_t rows, std::int64_t window);
 std::string text(const Case& c, DType dtype, Compute compute, const std::string& isa);
-std::string name_of(Compute compute);
 
 // Numbers that have other bits.
 std::int64_t differences(const float* a, const float* b, std::int64_t count);

@@ -44,6 +44,19 @@ Rounded round_activations(const Activations& x) {
   return out;
 }
 
+// What a step of codes of 16 bits is worth, [rows, k].
+std::vector<double> int16_steps(const Activations& x) {
+  std::vector<double> out;
+  for (std::int64_t m = 0; m < x.rows; ++m)
+    for (std::int64_t k = 0; k < x.k; ++k) {
+      const std::int64_t begin = k / kActGroup * kActGroup, end = std::min(x.k, begin + kActGroup);
+      double amax = 0.0;
+      for (std::int64_t i = begin; i < end; ++i) amax = std::max(amax, std::fabs(double{x.get(m, i)}));
+      out.push_back(std::max(amax / 32258, 0x1p-118));
+    }
+  return out;
+}
+
 // Sum of integer products per run of inputs that share both scales. Integer sums are exact; the bound counts a rounding
 // per 32 inputs, of products of unsigned codes (code + 2^(b-1)), as kernels may subtract what is too much afterwards.
 void add_int8(const Weight& w, const Activations& x, const Rounded& r, std::int64_t m, std::int64_t n, double& y,
@@ -74,6 +87,10 @@ void add_float(const Weight& w, const Activations& x, std::int64_t m, std::int64
   }
 }
 
+const cpu::MatmulKernel& kernel_of(const cpu::KernelTable& table, Compute mode) {
+  return mode == Compute::int8 ? table.int8 : mode == Compute::int16 ? table.int16 : table.floating;
+}
+
 }  // namespace
 
 Activations::Activations(DType dtype, std::int64_t count, std::int64_t inputs)
@@ -99,6 +116,7 @@ Expected expect(const Weight& w, const Activations& x, Compute compute, const st
   Expected out{n, std::vector<double>(x.rows * n), std::vector<double>(x.rows * n)};
   const bool int8 = compute == Compute::int8;
   const Rounded rounded = int8 ? round_activations(x) : Rounded{};
+  const std::vector<double> steps = compute == Compute::int16 ? int16_steps(x) : std::vector<double>{};
   const double roundings = int8 ? static_cast<double>(x.k) / 32 + 8 : static_cast<double>(x.k) + 56;
   for (std::int64_t m = 0; m < x.rows; ++m) {
     for (std::int64_t o = 0; o < n; ++o) {
@@ -112,6 +130,9 @@ Expected expect(const Weight& w, const Activations& x, Compute compute, const st
       magnitude += bias.empty() ? 0.0 : std::fabs(bias[o]);
       out.y[m * n + o] = y;
       out.bound[m * n + o] = roundings * kEps * magnitude + storing(x.values.dtype(), y);
+      if (compute == Compute::int16)
+        for (std::int64_t k = 0; k < x.k; ++k)
+          out.bound[m * n + o] += std::fabs(w.value(o, k)) * steps[m * x.k + k] / 2;
     }
   }
   return out;
@@ -119,8 +140,8 @@ Expected expect(const Weight& w, const Activations& x, Compute compute, const st
 
 Expected expect_exact(const Weight& w, const Activations& x, Compute compute) {
   const std::int64_t n = w.shape.n;
-  Expected out = expect(w, x, Compute::floating, {});
-  if (compute == Compute::floating) return out;
+  Expected out = expect(w, x, compute == Compute::int8 ? Compute::floating : compute, {});
+  if (compute != Compute::int8) return out;
   const Rounded rounded = round_activations(x);
   const std::int64_t act_groups = (x.k + kActGroup - 1) / kActGroup;
   for (std::int64_t m = 0; m < x.rows; ++m)
@@ -154,7 +175,7 @@ Product run_kernel(const cpu::KernelTable& table, Compute compute, const Panels&
                    std::int64_t rows, const std::vector<float>& bias, Random& random) {
   constexpr float kSentinel = -1280.0f;
   const cpu::Layout& l = weight.layout;
-  const cpu::MatmulKernel& kernel = compute == Compute::int8 ? table.int8 : table.floating;
+  const cpu::MatmulKernel& kernel = kernel_of(table, compute);
   const DType dtype = x.values.dtype();
   // Rows that all begin on a cache line may be stored past the caches.
   const std::int64_t gap = random.integer(0, 1) ? 3 : round_up(l.n + 1, 16) - l.n;

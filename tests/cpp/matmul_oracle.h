@@ -8,6 +8,9 @@
 
 namespace qtale::test {
 
+// The modes of qmatmul.
+inline constexpr Compute kModes[] = {Compute::int8, Compute::int16, Compute::floating};
+
 // Activations in rows that lie `stride` apart; what is between them is NaN.
 struct Activations {
   Activations(DType dtype, std::int64_t rows, std::int64_t k);
@@ -26,9 +29,10 @@ struct Expected {
   std::int64_t n;
   std::vector<double> y, bound;
 };
-// With the rounding of activations that int8 mode defines, so that only float32 rounding remains.
+// With the rounding of activations that int8 mode defines, so that only float32 rounding remains; of int16 mode, whose
+// codes differ between tiers, with the bound that ops.h states.
 Expected expect(const Weight& weight, const Activations& x, Compute compute, const std::vector<float>& bias);
-// Without it: the product that both modes approximate, and the bounds that ops.h states.
+// Without it: the product that all modes approximate, and the bounds that ops.h states.
 Expected expect_exact(const Weight& weight, const Activations& x, Compute compute);
 
 // First output of y [rows, n] out of its bound, as a sentence; "" if there is none.

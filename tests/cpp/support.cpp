@@ -9,6 +9,15 @@
 
 namespace qtale::test {
 
+std::string name_of(Compute compute) {
+  switch (compute) {
+    case Compute::int8: return "int8";
+    case Compute::int16: return "int16";
+    case Compute::bfloat16: return "bfloat16";
+    default: return "float";
+  }
+}
+
 Floats::Floats(DType dtype, std::int64_t size)
     : dtype_(dtype), size_(size), bytes_(static_cast<std::size_t>(size * size_of(dtype))) {}
 

@@ -67,6 +67,8 @@ class Floats {
   Lines<std::uint8_t> bytes_;
 };
 
+std::string name_of(Compute compute);  // as users write it
+
 Floats normal_floats(Random& random, DType dtype, std::int64_t size, float sigma = 1.0f);
 // Index of the first element that differs, or -1; two NaN are equal.
 std::int64_t first_difference(const Floats& a, const Floats& b);

@@ -38,14 +38,19 @@ bool has_amx() {
   return false;
 }
 
+constexpr Compute kRounded[] = {Compute::int8, Compute::int16};  // what tiles are for
+
 void check_equal(const Weight& weight, const Activations& x, std::int64_t rows, const std::vector<float>& bias,
                  Random& random) {
   const Panels panels = make_panels(weight, table_of("avx512")->panel_rows);
-  const Product one = run_kernel(*table_of("avx512"), Compute::int8, panels, x, rows, bias, random);
-  const Product other = run_kernel(*table_of("avx512_amx"), Compute::int8, panels, x, rows, bias, random);
-  INFO(weight.shape.text() << ", " << name_of(x.values.dtype()) << ", " << rows << " rows");
-  CHECK(other.overrun == "");
-  CHECK(first_difference(one.y, other.y) == -1);
+  for (const Compute compute : kRounded) {
+    const Product one = run_kernel(*table_of("avx512"), compute, panels, x, rows, bias, random);
+    const Product other = run_kernel(*table_of("avx512_amx"), compute, panels, x, rows, bias, random);
+    INFO(name_of(compute) << " " << weight.shape.text() << ", " << name_of(x.values.dtype()) << ", " << rows
+                          << " rows");
+    CHECK(other.overrun == "");
+    CHECK(first_difference(one.y, other.y) == -1);
+  }
 }
 
 void check_forms(int bits) {
@@ -53,7 +58,7 @@ void check_forms(int bits) {
   int turn = 0;  // walks through dtypes, columns and bias
   for (const Grouping& g : kGroupings)
     for (const bool symmetric : {true, false})
-      for (const std::int64_t rows : {13, 16, 20, 31, 32, 33, 64, 101}) {
+      for (const std::int64_t rows : {7, 13, 16, 20, 31, 32, 33, 64, 101}) {
         const std::int64_t n = turn % 2 ? 130 : 63;
         const Shape shape{n, g.k, g.groups, bits, symmetric, kFloatTypes[turn / 3 % 3]};
         std::vector<float> bias(static_cast<std::size_t>(turn % 4 ? n : 0));
@@ -63,9 +68,10 @@ void check_forms(int bits) {
       }
 }
 
-Floats multiply(std::vector<std::uint8_t>& buffer, const Activations& x, std::int64_t rows, std::int64_t n) {
+Floats multiply(std::vector<std::uint8_t>& buffer, const Activations& x, std::int64_t rows, std::int64_t n,
+                Compute compute) {
   Floats y(x.values.dtype(), rows * n);
-  qmatmul(x.view(rows), view(buffer), nullptr, y.matrix(rows, n), Compute::int8);
+  qmatmul(x.view(rows), view(buffer), nullptr, y.matrix(rows, n), compute);
   return y;
 }
 
@@ -118,18 +124,19 @@ TEST_CASE("amx: any number of threads and of rows gives the bits of AVX-512, and
   for (const std::int64_t groups : {1, 5}) {
     auto buffer = prepacked(random_weight(random, {kN, kK, groups, 4, true, DType::f16}));
     const Activations x = normal_activations(random, DType::f32, kM, kK);
-    for (const std::int64_t rows : {1, 20, 21, 22, 513, 1100}) {
-      const Floats expected = [&] {
-        const IsaScope scope("avx512");
-        return multiply(buffer, x, rows, kN);
-      }();
-      const IsaScope scope("avx512_amx");
-      for (const int threads : {1, 2, 3}) {
-        const ThreadScope pool(threads);
-        INFO(groups << " groups, " << rows << " rows, " << threads << " threads");
-        CHECK(first_difference(expected, multiply(buffer, x, rows, kN)) == -1);
+    for (const Compute compute : kRounded)
+      for (const std::int64_t rows : {1, 10, 11, 20, 21, 22, 513, 1100}) {
+        const Floats expected = [&] {
+          const IsaScope scope("avx512");
+          return multiply(buffer, x, rows, kN, compute);
+        }();
+        const IsaScope scope("avx512_amx");
+        for (const int threads : {1, 2, 3}) {
+          const ThreadScope pool(threads);
+          INFO(name_of(compute) << ", " << groups << " groups, " << rows << " rows, " << threads << " threads");
+          CHECK(first_difference(expected, multiply(buffer, x, rows, kN, compute)) == -1);
+        }
       }
-    }
   }
 }
 
@@ -217,7 +224,7 @@ TEST_CASE("amx: neither products nor attention leave tile registers in use", "[a
     return (low & (3u << 17)) != 0;
   };
   auto buffer = prepacked(random_weight(random, {64, 128, 1, 8, true, DType::f16}));
-  multiply(buffer, normal_activations(random, DType::f32, 64, 128), 64, 64);
+  multiply(buffer, normal_activations(random, DType::f32, 64, 128), 64, 64, Compute::int8);
   CHECK(!in_use());
   for (const std::int64_t rows : {1, 40}) {
     const Floats x = normal_floats(random, DType::f32, rows * 64), weight = normal_floats(random, DType::bf16, 50 * 64);

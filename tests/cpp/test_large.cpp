@@ -23,8 +23,7 @@ void check_many_rows(const Shape& shape, Compute compute) {
       const Product product = run_kernel(*table, compute, panels, x, rows, {}, random);
       const std::string wrong = product.overrun + compare(expected, product.y, rows, shape.n);
       if (!wrong.empty())
-        FAIL_CHECK(table->name << (compute == Compute::int8 ? " int8 " : " float ") << shape.text() << ", " << rows
-                               << " rows: " << wrong);
+        FAIL_CHECK(table->name << " " << name_of(compute) << " " << shape.text() << ", " << rows << " rows: " << wrong);
     }
   }
 }
@@ -58,8 +57,7 @@ TEST_CASE("large: several tiles over long rows") {
   for (const int bits : kBits)
     for (const Grouping& g : {Grouping{1000, 1}, Grouping{2176, 17}, Grouping{1536, 24}, Grouping{1056, 33}})
       for (const bool symmetric : {true, false})
-        for (const Compute compute : {Compute::int8, Compute::floating})
-          check_many_rows({65, g.k, g.groups, bits, symmetric, DType::f16}, compute);
+        for (const Compute compute : kModes) check_many_rows({65, g.k, g.groups, bits, symmetric, DType::f16}, compute);
 }
 
 TEST_CASE("large: products written past the caches") {

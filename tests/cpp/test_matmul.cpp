@@ -28,8 +28,6 @@ std::vector<Compute> ways(std::int64_t in) {
   return {Compute::floating};
 }
 
-const char* name_of(Compute way) { return way == Compute::bfloat16 ? "bfloat16" : "float"; }
-
 Floats multiply(const Floats& x, const Floats& weight, const Floats* bias, const Case& c, Compute way) {
   Floats y(DType::f32, c.rows * c.out);
   for (std::int64_t i = 0; i < y.size(); ++i) y.set(i, NAN);

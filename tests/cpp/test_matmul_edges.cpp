@@ -21,8 +21,7 @@ void for_all(Fn&& fn) {
   for (const int bits : kBits)
     for (const Grouping& g : kGroupings)
       for (const bool symmetric : {true, false})
-        for (const Compute compute : {Compute::int8, Compute::floating})
-          fn(Shape{kCols, g.k, g.groups, bits, symmetric, DType::f32}, compute);
+        for (const Compute compute : kModes) fn(Shape{kCols, g.k, g.groups, bits, symmetric, DType::f32}, compute);
 }
 
 void check_tables(const Weight& weight, const Activations& x, Compute compute, const std::string& what) {
@@ -33,8 +32,7 @@ void check_tables(const Weight& weight, const Activations& x, Compute compute, c
     const Product product = run_kernel(*table, compute, make_panels(weight, table->panel_rows), x, rows, {}, random);
     const std::string wrong = compare(expected, product.y, rows, kCols);
     if (!wrong.empty())
-      FAIL_CHECK(table->name << (compute == Compute::int8 ? " int8 " : " float ") << weight.shape.text() << ", " << what
-                             << ": " << wrong);
+      FAIL_CHECK(table->name << " " << name_of(compute) << " " << weight.shape.text() << ", " << what << ": " << wrong);
   }
 }
 
@@ -109,11 +107,10 @@ TEST_CASE("qmatmul: NaN and infinity spoil their row and no other") {
         for (std::int64_t i = 0; i < kRows * kCols; ++i) {
           const float spoiler = bad[i / kCols], y = out.y.get(i);
           // In float mode an infinite input times a code of 0 is NaN, and infinite otherwise.
-          const bool must_be_nan = compute == Compute::int8 || std::isnan(spoiler);
+          const bool must_be_nan = compute != Compute::floating || std::isnan(spoiler);
           wrong += spoiler == 0 ? !std::isfinite(y) : must_be_nan ? !std::isnan(y) : std::isfinite(y);
         }
-        INFO(table->name << (compute == Compute::int8 ? " int8 " : " float ") << shape.text() << ", "
-                         << name_of(dtype));
+        INFO(table->name << " " << name_of(compute) << " " << shape.text() << ", " << name_of(dtype));
         CHECK(wrong == 0);
       }
     }
@@ -128,7 +125,7 @@ TEST_CASE("qmatmul: without inputs the product is the bias") {
   for (const std::string& isa : cpu_isas()) {
     const IsaScope scope(isa);
     auto buffer = prepacked(weight);
-    for (const Compute compute : {Compute::int8, Compute::floating}) {
+    for (const Compute compute : kModes) {
       for (const std::int64_t rows : {0, 1, 2, 5, 13}) {
         Floats y(DType::f32, rows * 3);
         for (std::int64_t i = 0; i < y.size(); ++i) y.set(i, 99.0f);

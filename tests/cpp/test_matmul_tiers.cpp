@@ -36,7 +36,7 @@ void check_part(const cpu::KernelTable& table, Compute compute, const Problem& p
   const Product product = run_kernel(table, compute, panels, p.x, rows, bias, random);
   const std::string wrong = product.overrun + compare(expected, product.y, rows, n);
   if (!wrong.empty())
-    FAIL_CHECK(table.name << (compute == Compute::int8 ? " int8 " : " float ") << p.weight.shape.text() << ", "
+    FAIL_CHECK(table.name << " " << name_of(compute) << " " << p.weight.shape.text() << ", "
                           << name_of(p.x.values.dtype()) << ", " << rows << " rows, " << n << " columns: " << wrong);
 }
 
@@ -56,7 +56,7 @@ void check_shapes(Compute compute, const Problem& p, Random& random) {
 }
 
 void check_tiers(int bits, Compute compute) {
-  Random random(static_cast<std::uint64_t>(bits) * 2 + (compute == Compute::int8));
+  Random random(static_cast<std::uint64_t>(bits) * 3 + static_cast<std::uint64_t>(compute));
   int turn = 0;  // walks through the pairs of dtypes
   for (const Grouping& g : kGroupings) {
     for (const bool symmetric : {true, false}) {
@@ -78,6 +78,10 @@ TEST_CASE("qmatmul int8: every tier, 2 bits") { check_tiers(2, Compute::int8); }
 TEST_CASE("qmatmul int8: every tier, 3 bits") { check_tiers(3, Compute::int8); }
 TEST_CASE("qmatmul int8: every tier, 4 bits") { check_tiers(4, Compute::int8); }
 TEST_CASE("qmatmul int8: every tier, 8 bits") { check_tiers(8, Compute::int8); }
+TEST_CASE("qmatmul int16: every tier, 2 bits") { check_tiers(2, Compute::int16); }
+TEST_CASE("qmatmul int16: every tier, 3 bits") { check_tiers(3, Compute::int16); }
+TEST_CASE("qmatmul int16: every tier, 4 bits") { check_tiers(4, Compute::int16); }
+TEST_CASE("qmatmul int16: every tier, 8 bits") { check_tiers(8, Compute::int16); }
 TEST_CASE("qmatmul float: every tier, 2 bits") { check_tiers(2, Compute::floating); }
 TEST_CASE("qmatmul float: every tier, 3 bits") { check_tiers(3, Compute::floating); }
 TEST_CASE("qmatmul float: every tier, 4 bits") { check_tiers(4, Compute::floating); }
@@ -90,7 +94,7 @@ TEST_CASE("qmatmul: every pair of activation and scale dtypes") {
       for (const bool symmetric : {true, false})
         for (const DType dtype : kFloatTypes)
           for (const DType scale_dtype : kFloatTypes)
-            for (const Compute compute : {Compute::int8, Compute::floating}) {
+            for (const Compute compute : kModes) {
               const Problem p{random_weight(random, {33, g.k, g.groups, bits, symmetric, scale_dtype}),
                               normal_activations(random, dtype, 3, g.k), random_bias(random, 33)};
               const Expected expected = expect(p.weight, p.x, compute, p.bias);
@@ -104,7 +108,7 @@ TEST_CASE("qmatmul: every tier equals the reference kernel") {
   for (const int bits : kBits)
     for (const Grouping& g : {Grouping{100, 1}, Grouping{96, 3}, Grouping{384, 3}})
       for (const bool symmetric : {true, false})
-        for (const Compute compute : {Compute::int8, Compute::floating}) {
+        for (const Compute compute : kModes) {
           const Weight weight = random_weight(random, {66, g.k, g.groups, bits, symmetric, DType::f16});
           const Activations x = normal_activations(random, DType::f32, 4, g.k);
           const Product reference =

@@ -45,13 +45,13 @@ def pack(codes: Array, num_bits: int) -> Array:
     return np.array(rows, dtype=np.int32).reshape(codes.shape[0], words)
 
 
-def int8_bound(x: Array, weight: Array) -> Array:
-    """What rounding activations to 8 bits may cost: sum_k |w_k| * amax(group of k) / 254, [rows, out]."""
+def rounding_bound(x: Array, weight: Array, compute: str) -> Array:
+    """What rounding activations to 8 or 16 bits may cost: sum_k |w_k| * amax(group of k) / 254 or 254^2, [rows, out]."""
     rows, in_features = x.shape
     padded = np.zeros((rows, -(-in_features // ACTIVATION_GROUP) * ACTIVATION_GROUP))
     padded[:, :in_features] = np.abs(x)
     amax = padded.reshape(rows, -1, ACTIVATION_GROUP).max(-1).repeat(ACTIVATION_GROUP, 1)[:, :in_features]
-    return amax @ np.abs(weight).T / 254
+    return amax @ np.abs(weight).T / {"int8": 254, "int16": 254**2}[compute]
 
 
 def float_bound(x: Array, codes: Array, scale: Array, zero_point: Array | None, num_bits: int) -> Array:

@@ -71,7 +71,7 @@ def test_a_model_that_fits_stays_as_it_is_stored(dense: Path) -> None:
     assert not hasattr(deployment.model.config, "quantization_config")
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
+@pytest.mark.parametrize("compute", ["int8", "int16", "float"])
 def test_a_deployed_model_is_bit_for_bit_the_folder_of_its_plan(biased: Path, tmp_path: Path, compute: str) -> None:
     plan = make_plan(biased, 8, MIXED, 16, 2)
     deployment = deploy(biased, plan=plan, compute=compute)

@@ -184,7 +184,7 @@ def test_baseline_gives_two_columns(model: Path, documents: Path, capsys: pytest
         assert float(row[value]) - float(row[dense]) == pytest.approx(float(row[difference]), abs=1e-4)
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
+@pytest.mark.parametrize("compute", ["int8", "int16", "float"])
 def test_quantizing_in_memory_equals_the_folder_that_quantize_writes(
     compute: str, model: Path, documents: Path, tmp_path: Path
 ) -> None:

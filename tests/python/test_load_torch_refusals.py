@@ -47,7 +47,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 def test_arguments(packed: Path) -> None:
     with pytest.raises(UnsupportedError, match="device 'cuda' is not supported"):
         qtale.load_torch(packed, device="cuda")
-    with pytest.raises(InputError, match="compute 'int4' is not a mode; use 'int8' or 'float'"):
+    with pytest.raises(InputError, match="compute 'int4' is not a mode; use 'int8', 'int16' or 'float'"):
         qtale.load_torch(packed, compute="int4")
     for dtype in (torch.float64, "int8"):
         with pytest.raises(InputError, match=r"dtype .* is not supported; use float32, float16, bfloat16"):

@@ -120,7 +120,7 @@ def test_unprepack_is_the_inverse_of_prepack_on_every_instruction_set(
     assert (info["out_features"], info["in_features"], info["num_bits"]) == (*codes.shape, num_bits)
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
+@pytest.mark.parametrize("compute", ["int8", "int16", "float"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("num_bits", BITS)
 def test_qmatmul_stays_within_its_stated_bound(isa: str, num_bits: int, symmetric: bool, compute: str) -> None:
@@ -135,8 +135,8 @@ def test_qmatmul_stays_within_its_stated_bound(isa: str, num_bits: int, symmetri
                 y = ops.qmatmul(x, prepacked, 71, bias, compute)
                 exact = double(x) @ weight.T + double(bias)
                 bound = oracle.float_bound(double(x), double(codes), double(scale), double(zero_point), num_bits)
-                if compute == "int8":
-                    bound = bound + oracle.int8_bound(double(x), weight)
+                if compute != "float":
+                    bound = bound + oracle.rounding_bound(double(x), weight, compute)
                 bound = bound + (np.abs(exact) + bound) * EPS[dtype] + 1e-6
                 assert y.dtype == dtype
                 assert (np.abs(double(y) - exact) <= bound).all(), (group, in_features, dtype, rows)
@@ -179,14 +179,14 @@ def test_numpy_and_torch_give_the_same(symmetric: bool) -> None:
     np.testing.assert_array_equal(ops.dequantize(*as_numpy), ops.dequantize(codes, scale, zero_point).numpy())
     fake = ops.fake_quantize(weight.numpy(), *as_numpy[1:], num_bits=4)
     np.testing.assert_array_equal(fake, ops.fake_quantize(weight, scale, zero_point, num_bits=4).numpy())
-    for compute in ("int8", "float"):
+    for compute in ("int8", "int16", "float"):
         y = ops.qmatmul(x.numpy(), prepacked, 33, bias.numpy(), compute)
         assert y.shape == (2, 3, 33)
         np.testing.assert_array_equal(y, ops.qmatmul(x, torch.from_numpy(prepacked), 33, bias, compute).numpy())
     np.testing.assert_array_equal(ops.unprepack(prepacked)[0], codes.numpy())
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
+@pytest.mark.parametrize("compute", ["int8", "int16", "float"])
 def test_qmatmul_takes_any_leading_dimensions_and_strides(compute: str) -> None:
     codes, scale, _ = ops.quantize(weight_of(20, 64), 4, 32)
     prepacked = ops.prepack(codes, scale, num_bits=4)
@@ -203,7 +203,7 @@ def test_qmatmul_takes_any_leading_dimensions_and_strides(compute: str) -> None:
     assert ops.qmatmul(x[:, :0], prepacked, 20, None, compute).shape == (3, 0, 20)
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
+@pytest.mark.parametrize("compute", ["int8", "int16", "float"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_no_numbers_show_in_their_row_alone(isa: str, compute: str, value: float) -> None:
     codes, scale, _ = ops.quantize(weight_of(40, 256), 4, 128)

@@ -94,7 +94,7 @@ def test_a_pickle_holds_the_portable_form_only() -> None:
     assert set(state["_packed"]) == {"weight_packed", "weight_scale", "weight_shape"}
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
+@pytest.mark.parametrize("compute", ["int8", "int16", "float"])
 def test_another_instruction_set_prepacks_again(compute: str) -> None:
     layer, x = layer_of(QuantSpec(4, 32), compute=compute), torch.randn(3, 96)
     before, expected = _core.cpu_isa(), layer(x)

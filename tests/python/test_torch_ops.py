@@ -65,7 +65,7 @@ def test_opcheck(case: str) -> None:
 
 
 # Inductor needs a C++ compiler at run time and seconds for each graph: one case of it is enough.
-@pytest.mark.parametrize(("backend", "compute"), [("aot_eager", "int8"), ("aot_eager", "float"), ("inductor", "int8")])
+@pytest.mark.parametrize(("backend", "compute"), [("aot_eager", "int8"), ("aot_eager", "int16"), ("aot_eager", "float"), ("inductor", "int8")])
 def test_compile_without_graph_breaks(backend: str, compute: str) -> None:
     prepacked, _ = packed()
     bias = torch.randn(40, requires_grad=True)
@@ -96,7 +96,7 @@ def test_quantization_compiles_too() -> None:
     assert torch.equal(compiled(weight), round_trip(weight))
 
 
-@pytest.mark.parametrize("compute", ["int8", "float"])
+@pytest.mark.parametrize("compute", ["int8", "int16", "float"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
 def test_gradients_are_those_of_the_dequantized_weight(num_bits: int, symmetric: bool, compute: str) -> None:

@@ -1,4 +1,5 @@
-// Activations as the int8 kernels read them: rows of codes, one scale per 128 inputs, one sum per weight block.
+// Activations as the int8 kernels read them: rows of codes, one scale per 128 inputs, one sum per weight block. In
+// int16 mode an activation row has two rows of codes, planes: the second codes what the first left over.
 #pragma once
 
 #include <cfloat>
@@ -12,12 +13,12 @@ namespace {
 
 inline std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// The workspace of the row-major int8 form.
+// The workspace of the row-major int8 form. Its rows are those of codes.
 struct Int8Rows {
   std::int8_t* codes;  // [rows, k_padded]
   float* scales;       // [rows, act_groups]
   std::int32_t* sums;  // [rows, blocks]
-  float* totals;       // [rows]: sums of the activations as rounded
+  float* totals;       // [activation rows]: sums of the activations as rounded
 
   Int8Rows(const Layout& l, std::int64_t rows, std::byte* workspace) {
     const auto count = static_cast<std::size_t>(rows);
@@ -38,6 +39,13 @@ inline std::size_t int8_rows_bytes(const Layout& l, std::int64_t rows) {
          aligned(count * static_cast<std::size_t>(l.blocks) * sizeof(std::int32_t)) + aligned(count * sizeof(float));
 }
 
+constexpr float kPlaneStep = 254.0f;  // the scale of a plane over that of the next
+
+template <int Planes>
+std::size_t int8_rows_bytes(const Layout& l, std::int64_t rows) {
+  return int8_rows_bytes(l, rows * Planes);
+}
+
 template <class E>
 inline float activation_amax(const typename E::T* p, std::int64_t count) {
   VecI magnitude = zero_bits();
@@ -50,46 +58,74 @@ inline float activation_amax(const typename E::T* p, std::int64_t count) {
   return amax;
 }
 
-// One group of inputs, zero-padded to `padded`, and the sums of its codes per `block` inputs; returns its
-// scale. NaN or inf make the scale NaN and the codes zero. No code leaves [-127, 127]: 127 / amax rounds by 2^-23.
+// Codes one group of inputs, zero-padded to `padded`, by a scale, and sums the codes per `block` inputs. `left_over`
+// gets what they miss, or is nullptr. No code leaves [-127, 127]: 127 / amax rounds by 2^-23.
 template <class E>
-inline float quantize_activation_group(const typename E::T* p, std::int64_t count, std::int64_t padded,
-                                       std::int64_t block, std::int8_t* codes, std::int32_t* sums) {
-  const float amax = activation_amax<E>(p, count);
-  const bool finite = amax <= FLT_MAX;
-  const float scale = amax / 127.0f;
-  const VecF inverse = set1(scale >= FLT_MIN ? 1.0f / scale : 0.0f);
-  const std::int64_t used = finite ? count : 0;
+inline void code_plane(const typename E::T* p, std::int64_t count, std::int64_t padded, std::int64_t block, float scale,
+                       std::int8_t* codes, std::int32_t* sums, float* left_over) {
+  const VecF inverse = set1(scale >= FLT_MIN ? 1.0f / scale : 0.0f), less = set1(-scale);
   for (std::int64_t i = 0; i < padded; ++sums) {
     VecF sum = set1(0.0f);
     for (const std::int64_t stop = min64(i + block, padded); i < stop; i += kWidth) {
-      const std::int64_t rest = used - i;
+      const std::int64_t rest = count - i;
       const VecF value = rest >= kWidth ? E::load(p + i) : rest > 0 ? load_part<E>(p + i, rest) : set1(0.0f);
       const VecF code = rint(mul(value, inverse));
       store_s8(codes + i, code);
       sum = add(sum, code);
+      if (left_over != nullptr) store_f32(left_over + i, multiply_add(code, less, value));
     }
     *sums = static_cast<std::int32_t>(reduce_add(sum));
   }
-  return finite ? scale : amax - amax;
 }
 
-inline void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
+// Codes one group by its largest input and returns the scale; NaN or inf make it NaN and the codes zero.
+template <class E>
+inline float quantize_activation_group(const typename E::T* p, std::int64_t count, std::int64_t padded,
+                                       std::int64_t block, std::int8_t* codes, std::int32_t* sums,
+                                       float* left_over = nullptr) {
+  const float amax = activation_amax<E>(p, count);
+  if (amax <= FLT_MAX) {
+    const float scale = amax / 127.0f;
+    code_plane<E>(p, count, padded, block, scale, codes, sums, left_over);
+    return scale;
+  }
+  code_plane<E>(p, 0, padded, block, 0.0f, codes, sums, left_over);
+  return amax - amax;
+}
+
+// One activation row, of which the rows of codes begin at `row`.
+template <int Planes, class E>
+void prepare_int8_row(const Layout& l, const Int8Rows& out, std::int64_t row, const typename E::T* x) {
+  alignas(64) float left_over[kActGroup];
+  for (std::int64_t k = 0; k < l.k_padded; k += kActGroup) {
+    const std::int64_t count = min64(kActGroup, l.k - k), padded = min64(kActGroup, l.k_padded - k);
+    std::int8_t* codes = out.codes + row * l.k_padded + k;
+    std::int32_t* sums = out.sums + row * l.blocks + k / l.block_k;
+    float* scale = out.scales + row * l.act_groups + k / kActGroup;
+    *scale =
+        quantize_activation_group<E>(x + k, count, padded, l.block_k, codes, sums, Planes > 1 ? left_over : nullptr);
+    if constexpr (Planes > 1) {
+      const float next = *scale / kPlaneStep;
+      scale[l.act_groups] = next;
+      code_plane<F32>(left_over, padded, padded, l.block_k, next, codes + l.k_padded, sums + l.blocks, nullptr);
+    }
+  }
+}
+
+template <int Planes>
+void prepare_int8_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
+  static_assert(Planes <= 2);
   const Layout& l = *a.layout;
-  const Int8Rows out(l, a.rows, a.workspace);
+  const Int8Rows out(l, a.rows * Planes, a.workspace);
   with_type(a.x.dtype, [&](auto element) {
     using E = decltype(element);
     for (std::int64_t m = begin; m < end; ++m) {
-      const auto* row = static_cast<const typename E::T*>(a.x.data) + m * a.x.stride;
-      float* scales = out.scales + m * l.act_groups;
-      std::int32_t* sums = out.sums + m * l.blocks;
-      for (std::int64_t k = 0; k < l.k_padded; k += kActGroup)
-        scales[k / kActGroup] =
-            quantize_activation_group<E>(row + k, min64(kActGroup, l.k - k), min64(kActGroup, l.k_padded - k),
-                                         l.block_k, out.codes + m * l.k_padded + k, sums + k / l.block_k);
+      prepare_int8_row<Planes, E>(l, out, m * Planes, static_cast<const typename E::T*>(a.x.data) + m * a.x.stride);
       float total = 0.0f;
-      for (std::int64_t b = 0; b < l.blocks; ++b)
-        total += static_cast<float>(sums[b]) * scales[b * l.block_k / kActGroup];
+      for (std::int64_t row = m * Planes; row < (m + 1) * Planes; ++row)
+        for (std::int64_t b = 0; b < l.blocks; ++b)
+          total += static_cast<float>(out.sums[row * l.blocks + b]) *
+                   out.scales[row * l.act_groups + b * l.block_k / kActGroup];
       out.totals[m] = total;
     }
   });

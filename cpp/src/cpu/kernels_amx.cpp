@@ -7,7 +7,9 @@
 
 namespace qtale::cpu {
 
-const MatmulKernel avx512_amx_int8_table = {amx_rows_bytes, prepare_amx_rows, run_amx,
-                                            kTileRows,      32 * kTileRows,   AmxRun::scratch_bytes};
+const MatmulKernel avx512_amx_int8_table = {amx_rows_bytes<1>, prepare_amx_rows<1>, run_amx<1>,
+                                            kTileRows,         32 * kTileRows,      AmxRun<1>::scratch_bytes};
+const MatmulKernel avx512_amx_int16_table = {amx_rows_bytes<2>, prepare_amx_rows<2>, run_amx<2>,
+                                             kTileRows,         16 * kTileRows,      AmxRun<2>::scratch_bytes};
 
 }  // namespace qtale::cpu

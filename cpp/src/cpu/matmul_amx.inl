@@ -1,6 +1,7 @@
 // int8 qmatmul on AMX over 64-row panels: codes are unpacked once for all rows and multiplied in units of 32 rows and
 // 32 columns, four tiles of sums; while the first tiles of a unit are multiplied, AVX-512 scales the sums of the one
-// before and unpacks some of the codes that come next.
+// before and unpacks some of the codes that come next. In int16 mode an activation row is two rows of codes: rows are
+// those here, but for those of outputs.
 #pragma once
 
 #include "cpu/matmul_amx_sums.inl"
@@ -67,14 +68,16 @@ void multiply_unit(const Unit& u, Meanwhile& meanwhile) {
 }
 
 // One call of run: its scratch, and what of a panel is on its way.
+template <int Planes>
 class AmxRun {
  public:
-  AmxRun(const MatmulArgs& a, Span rows)
+  AmxRun(const MatmulArgs& a, Span outputs)
       : a_(a),
         l_(*a.layout),
-        rows_(rows),
-        acts_(l_, a.rows, a.workspace),
-        tiles_(l_, a.rows, a.workspace),
+        outputs_(outputs),
+        rows_{outputs.begin * Planes, outputs.end * Planes},
+        acts_(l_, a.rows * Planes, a.workspace),
+        tiles_(l_, a.rows * Planes, a.workspace),
         group_blocks_(kActGroup / l_.block_k),
         reads_panel_(l_.per_channel && l_.num_bits == 8 && l_.k_padded % kTileK == 0),
         stream_(streams(a.y, a.rows, l_.n)) {
@@ -126,7 +129,7 @@ class AmxRun {
   }
 
   void run_panel(std::int64_t panel, bool another) {
-    stored_ = claimed_ = rows_.begin;
+    stored_ = claimed_ = outputs_.begin;
     ahead_ = a_.panels + (panel + 1) * l_.panel_bytes;
     ahead_lines_ = another && reads_panel_ ? ceil_div(l_.panel_bytes, 64 * units({0, l_.act_groups}, rows_)) : 0;
     for (Span groups = first_groups(); groups.begin < l_.act_groups;) {
@@ -144,7 +147,7 @@ class AmxRun {
       meanwhile_.before.finish();
       groups = after;
     }
-    store_rows(panel, rows_.end);
+    store_rows(panel, outputs_.end);
   }
 
   // The part that follows the current one.
@@ -171,8 +174,8 @@ class AmxRun {
         for (std::int64_t col = 0; col < kRows; col += kUnitCols) {
           run_unit(groups.begin, g, m, min64(kUnitRows, rows.end - m), col);
           if (!last) continue;
-          store_rows(panel, min64(rows.begin, stored_ + pace));
-          claim_rows(panel, min64(rows.end, claimed_ + pace));
+          store_rows(panel, min64(rows.begin / Planes, stored_ + pace));
+          claim_rows(panel, min64(rows.end / Planes, claimed_ + pace));
         }
   }
 
@@ -198,11 +201,11 @@ class AmxRun {
     before.ld_act = l_.act_groups;
     before.act_sums = acts_.sums + m * l_.blocks + b;
     before.ld_act_sums = l_.blocks;
-    before.out = out_ + (m - rows_.begin) * kRows + col;
+    before.out = out_ + (m - rows_.begin) / Planes * kRows + col;
     before.add = g == 0 ? kNoSums : before.out;
     before.ld_add = g == 0 ? 0 : kRows;
     before.rows = rows;
-    before.scale = pick_scale(l_, unit.blocks);
+    before.scale = pick_scale<Planes>(l_, unit.blocks);
   }
 
   void multiply(const Unit& unit, std::int64_t rows) {
@@ -221,7 +224,7 @@ class AmxRun {
 
   void store_rows(std::int64_t panel, std::int64_t end) {
     if (stored_ >= end) return;
-    float* out = out_ + (stored_ - rows_.begin) * kRows;
+    float* out = out_ + (stored_ - outputs_.begin) * kRows;
     if (l_.per_channel)
       finish_channel(l_, a_.panels + panel * l_.panel_bytes, acts_.totals + stored_, end - stored_, out);
     store_tile(a_, panel, stored_, end - stored_, out, stream_);
@@ -230,7 +233,7 @@ class AmxRun {
 
   const MatmulArgs& a_;
   const Layout& l_;
-  Span rows_;
+  Span outputs_, rows_;
   Int8Rows acts_;
   ActTiles tiles_;
   std::int64_t group_blocks_;
@@ -247,12 +250,13 @@ class AmxRun {
   std::int64_t stored_ = 0, claimed_ = 0;  // rows of the panel before these are in y, or their lines asked for
 };
 
-inline void run_amx(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
-                    std::int64_t row_end) {
-  if (row_end - row_begin < fewest_rows(*a.layout) || a.layout->act_groups == 0) {
-    run_int8(a, panel_begin, panel_end, row_begin, row_end);
+template <int Planes>
+void run_amx(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
+             std::int64_t row_end) {
+  if ((row_end - row_begin) * Planes < fewest_rows(*a.layout) || a.layout->act_groups == 0) {
+    run_int8<Planes>(a, panel_begin, panel_end, row_begin, row_end);
   } else {
-    AmxRun(a, {row_begin, row_end}).panels({panel_begin, panel_end});
+    AmxRun<Planes>(a, {row_begin, row_end}).panels({panel_begin, panel_end});
   }
 }
 

@@ -45,18 +45,21 @@ struct ActTiles {
   }
 };
 
-inline std::size_t amx_rows_bytes(const Layout& l, std::int64_t rows) {
-  const std::int64_t bytes = ceil_div(rows, kTileRows) * ceil_div(l.k_padded, kTileK) * kTileBytes;
-  return int8_rows_bytes(l, rows) + static_cast<std::size_t>(bytes);
+template <int Planes>
+std::size_t amx_rows_bytes(const Layout& l, std::int64_t rows) {
+  const std::int64_t bytes = ceil_div(rows * Planes, kTileRows) * ceil_div(l.k_padded, kTileK) * kTileBytes;
+  return int8_rows_bytes<Planes>(l, rows) + static_cast<std::size_t>(bytes);
 }
 
-inline void prepare_amx_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
-  prepare_int8_rows(a, begin, end);
+template <int Planes>
+void prepare_amx_rows(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
+  prepare_int8_rows<Planes>(a, begin, end);
   const Layout& l = *a.layout;
-  if (a.rows < fewest_rows(l)) return;
-  const Int8Rows rows(l, a.rows, a.workspace);
-  const ActTiles tiles(l, a.rows, a.workspace);
-  for (std::int64_t m = begin; m < end; ++m) {
+  const std::int64_t all = a.rows * Planes;
+  if (all < fewest_rows(l)) return;
+  const Int8Rows rows(l, all, a.workspace);
+  const ActTiles tiles(l, all, a.workspace);
+  for (std::int64_t m = begin * Planes; m < end * Planes; ++m) {
     const std::int8_t* from = rows.codes + m * l.k_padded;
     std::int8_t* to = tiles.codes + m / kTileRows * tiles.row_bytes + m % kTileRows * kTileK;
     for (std::int64_t k = 0; k < l.k_padded; k += kTileK, to += kTileBytes) {

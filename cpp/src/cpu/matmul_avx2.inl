@@ -99,10 +99,10 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
   finish_panel(a, acts, panel, row, rows, frame.out);
 }
 
-template <bool Floating>
+template <Compute Mode>
 void run_rows(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
               std::int64_t row_end) {
-  const Acts acts(*a.layout, a.rows, Floating, a.workspace);
+  const Acts acts(*a.layout, a.rows, Mode, a.workspace);
   Frame frame;
   for (std::int64_t m = row_begin; m < row_end;) {
     const std::int64_t count = next_tile(row_end - m, kRowBlock / acts.planes);

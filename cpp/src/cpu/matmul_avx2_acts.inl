@@ -1,5 +1,6 @@
 // Activations as the AVX2 kernels read them: integer codes in rows, one scale per 128 inputs.
-// int8 mode has one plane of codes per activation row. Float mode has two or three: each later plane codes what the
+// int8 mode has one plane of codes per activation row, int16 mode two, or one of 16 bits for 8-bit weights, which are
+// multiplied as such. Float mode has two or three: each later plane codes what the
 // planes before it left over, down to 2^-24 of the largest of the 128 inputs, which is what float32 sums resolve.
 // Planes are rows of their own to the kernels; their products are added up at the end.
 #pragma once
@@ -13,6 +14,8 @@ namespace {
 
 // Bytes from row to row: an odd number of cache lines, so that the rows of a tile do not fall into the same L1 sets.
 inline std::int64_t row_stride(std::int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
+constexpr std::int64_t planes_of(Compute mode) { return mode == Compute::int8 ? 1 : mode == Compute::int16 ? 2 : 3; }
 
 struct Acts {
   bool floating;
@@ -29,12 +32,10 @@ struct Acts {
   float* scales;         // [groups, rows]
   std::size_t bytes;
 
-  Acts(const Layout& l, std::int64_t row_count, bool is_floating, std::byte* workspace)
-      : floating(is_floating),
-        top(floating && l.num_bits == 8 ? 32767.0f : 127.0f),
-        planes(!floating         ? 1
-               : l.num_bits == 8 ? 2
-                                 : 3),
+  Acts(const Layout& l, std::int64_t row_count, Compute mode, std::byte* workspace)
+      : floating(mode == Compute::floating),
+        top(mode != Compute::int8 && l.num_bits == 8 ? 32767.0f : 127.0f),
+        planes(planes_of(mode) - (mode != Compute::int8 && l.num_bits == 8)),
         rows(row_count * planes),
         flush(l.num_bits == 4 ? min64(64, l.block_k) : l.block_k),
         flushes((l.k_padded + flush - 1) / flush),
@@ -50,9 +51,9 @@ struct Acts {
   }
 };
 
-template <bool Floating>
+template <Compute Mode>
 std::size_t acts_bytes(const Layout& l, std::int64_t rows) {
-  return Acts(l, rows, Floating, nullptr).bytes;
+  return Acts(l, rows, Mode, nullptr).bytes;
 }
 
 // The 16-bit sums of inputs 4i, 4i + 1 and of inputs 4i + 2, 4i + 3.
@@ -130,10 +131,10 @@ float load_group(const typename E::T* row, std::int64_t count, std::int64_t padd
   return amax;
 }
 
-template <bool Floating>
+template <Compute Mode>
 void prepare_acts(const MatmulArgs& a, std::int64_t begin, std::int64_t end) {
   const Layout& l = *a.layout;
-  const Acts out(l, a.rows, Floating, a.workspace);
+  const Acts out(l, a.rows, Mode, a.workspace);
   const __m128i offset = _mm_set1_epi16(static_cast<std::int16_t>(-(1 << (l.num_bits - 1))));
   with_type(a.x.dtype, [&](auto element) {
     using E = decltype(element);

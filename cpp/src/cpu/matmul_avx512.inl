@@ -1,6 +1,7 @@
 // int8 qmatmul on AVX-512 VNNI over 64-row panels: unsigned codes against broadcast signed activations.
 // Four registers hold one input quad of 64 rows; a tile of up to six activation rows reuses each unpacked register.
 // More rows take tiles of half a panel, where up to 13 reuse it: unpacking takes as long as multiplying a row.
+// In int16 mode an activation row is two rows of codes, which share a row of outputs.
 #include "cpu/codes_avx512.inl"
 
 namespace qtale::cpu {
@@ -50,25 +51,35 @@ QTALE_INLINE void subtract_zero_points(__m512i (&acc)[M][V], const std::uint8_t*
   });
 }
 
-template <Flush Mode, int M, int V>
+template <Flush Mode, int Planes, int M, int V>
 QTALE_INLINE void flush(const __m512i (&acc)[M][V], const std::uint8_t* scales, DType scale_dtype, int first,
                         const float* act, std::int64_t ld_act, float* part, __mmask16 keep, float* out) {
   __m512 scale[V];
   if constexpr (Mode != Flush::channel) load_scales(scale, scales, scale_dtype, first);
-  unroll<M>([&](auto m) QTALE_INLINE_LAMBDA {
-    const __m512 activation = _mm512_set1_ps(act[m * ld_act]);
+  constexpr bool kUnfinished = Mode == Flush::first || Mode == Flush::middle;
+  unroll<M / Planes>([&](auto row) QTALE_INLINE_LAMBDA {
+    __m512 activation[Planes];
+    unroll<Planes>([&](auto plane) QTALE_INLINE_LAMBDA {
+      activation[plane] = _mm512_set1_ps(act[(row * Planes + plane) * ld_act]);
+    });
     unroll<V>([&](auto p) QTALE_INLINE_LAMBDA {
-      float* o = out + m * kRows + 16 * p;
-      float* t = part + m * kRows + 16 * p;
-      __m512 value = _mm512_cvtepi32_ps(acc[m][p]);
-      if constexpr (Mode == Flush::whole || Mode == Flush::first) value = _mm512_mul_ps(value, scale[p]);
-      if constexpr (Mode == Flush::middle || Mode == Flush::last)
-        value = _mm512_fmadd_ps(value, scale[p], _mm512_load_ps(t));
-      if constexpr (Mode == Flush::first || Mode == Flush::middle) {
-        _mm512_store_ps(t, value);
-      } else {
-        _mm512_store_ps(o, _mm512_fmadd_ps(value, activation, _mm512_maskz_load_ps(keep, o)));
-      }
+      float* o = out + row * kRows + 16 * p;
+      __m512 sum;
+      if constexpr (!kUnfinished) sum = _mm512_maskz_load_ps(keep, o);
+      unroll<Planes>([&](auto plane) QTALE_INLINE_LAMBDA {
+        constexpr int kRow = row * Planes + plane;
+        float* t = part + kRow * kRows + 16 * p;
+        __m512 value = _mm512_cvtepi32_ps(acc[kRow][p]);
+        if constexpr (Mode == Flush::whole || Mode == Flush::first) value = _mm512_mul_ps(value, scale[p]);
+        if constexpr (Mode == Flush::middle || Mode == Flush::last)
+          value = _mm512_fmadd_ps(value, scale[p], _mm512_load_ps(t));
+        if constexpr (kUnfinished) {
+          _mm512_store_ps(t, value);
+        } else {
+          sum = _mm512_fmadd_ps(value, activation[plane], sum);
+        }
+      });
+      if constexpr (!kUnfinished) _mm512_store_ps(o, sum);
     });
   });
 }
@@ -99,9 +110,9 @@ QTALE_INLINE void multiply_block(__m512i (&acc)[M][V], const std::uint8_t* w, co
   });
 }
 
-// Adds M rows times a span of activation groups of V registers of a panel with a scale per row and group to out
-// [M][64].
-template <int Bits, int M, int V>
+// Adds M rows of codes times a span of activation groups of V registers of a panel with a scale per row and group to
+// out [M / Planes][64].
+template <int Bits, int Planes, int M, int V>
 __attribute__((noipa)) void tile_grouped(const Layout& l, const std::uint8_t* panel, const TileIn in, const Span span,
                                          float* out) {
   alignas(64) float part[M * kRows];
@@ -123,13 +134,13 @@ __attribute__((noipa)) void tile_grouped(const Layout& l, const std::uint8_t* pa
       const std::uint8_t* params = block + l.code_bytes;
       if (!l.symmetric) subtract_zero_points(acc, params + l.scale_bytes + 16 * in.first, sums, l.blocks);
       if (i == 0 && count == 1) {
-        flush<Flush::whole>(acc, params, l.scale_dtype, in.first, act, l.act_groups, part, keep, out);
+        flush<Flush::whole, Planes>(acc, params, l.scale_dtype, in.first, act, l.act_groups, part, keep, out);
       } else if (i == 0) {
-        flush<Flush::first>(acc, params, l.scale_dtype, in.first, act, l.act_groups, part, keep, out);
+        flush<Flush::first, Planes>(acc, params, l.scale_dtype, in.first, act, l.act_groups, part, keep, out);
       } else if (i + 1 == count) {
-        flush<Flush::last>(acc, params, l.scale_dtype, in.first, act, l.act_groups, part, keep, out);
+        flush<Flush::last, Planes>(acc, params, l.scale_dtype, in.first, act, l.act_groups, part, keep, out);
       } else {
-        flush<Flush::middle>(acc, params, l.scale_dtype, in.first, act, l.act_groups, part, keep, out);
+        flush<Flush::middle, Planes>(acc, params, l.scale_dtype, in.first, act, l.act_groups, part, keep, out);
       }
       block = params + l.param_bytes;
     }
@@ -137,7 +148,7 @@ __attribute__((noipa)) void tile_grouped(const Layout& l, const std::uint8_t* pa
 }
 
 // The same for a panel with a scale per row; finish_channel ends it.
-template <int Bits, int M, int V>
+template <int Bits, int Planes, int M, int V>
 __attribute__((noipa)) void tile_channel(const Layout& l, const std::uint8_t* panel, const TileIn in, const Span span,
                                          float* out) {
   out += 16 * in.first;
@@ -146,7 +157,8 @@ __attribute__((noipa)) void tile_channel(const Layout& l, const std::uint8_t* pa
     const std::int64_t k = g * kActGroup, size = min64(l.k_padded - k, kActGroup);
     multiply_block<Bits, M, V, true>(acc, panel + l.block_offset(g) + 64 * in.first, in.codes + k, l.k_padded,
                                      size / Codes<Bits>::kInputs, nullptr, 0, in.prefetch);
-    flush<Flush::channel>(acc, nullptr, l.scale_dtype, 0, in.scales + g, l.act_groups, nullptr, keep_of(g), out);
+    flush<Flush::channel, Planes>(acc, nullptr, l.scale_dtype, 0, in.scales + g, l.act_groups, nullptr, keep_of(g),
+                                  out);
   }
 }
 
@@ -155,45 +167,52 @@ struct TileFns {
   TileFn grouped, channel;
 };
 
-template <int Bits, int V, int... Rows>
+template <int Bits, int Planes, int V, int... Rows>
 TileFns tile_of_rows(std::int64_t rows, std::integer_sequence<int, Rows...>) {
-  static constexpr TileFns kTiles[] = {{tile_grouped<Bits, Rows + 1, V>, tile_channel<Bits, Rows + 1, V>}...};
+  static constexpr TileFns kTiles[] = {
+      {tile_grouped<Bits, Planes, (Rows + 1) * Planes, V>, tile_channel<Bits, Planes, (Rows + 1) * Planes, V>}...};
   return kTiles[rows - 1];
 }
 
-template <int Bits>
+template <int Planes, int Bits>
 TileFns pick_tile(std::int64_t rows, bool half) {
   if constexpr (Bits < 8)
-    if (half) return tile_of_rows<Bits, kVecs / 2>(rows, std::make_integer_sequence<int, kMaxHalfTile>{});
-  return tile_of_rows<Bits, kVecs>(rows, std::make_integer_sequence<int, kMaxTile>{});
+    if (half)
+      return tile_of_rows<Bits, Planes, kVecs / 2>(rows, std::make_integer_sequence<int, kMaxHalfTile / Planes>{});
+  return tile_of_rows<Bits, Planes, kVecs>(rows, std::make_integer_sequence<int, kMaxTile / Planes>{});
 }
 
-inline TileFns pick_tile(int num_bits, std::int64_t rows, bool half) {
+template <int Planes>
+TileFns pick_tile(int num_bits, std::int64_t rows, bool half) {
   switch (num_bits) {
-    case 2: return pick_tile<2>(rows, half);
-    case 3: return pick_tile<3>(rows, half);
-    case 4: return pick_tile<4>(rows, half);
-    default: return pick_tile<8>(rows, false);
+    case 2: return pick_tile<Planes, 2>(rows, half);
+    case 3: return pick_tile<Planes, 3>(rows, half);
+    case 4: return pick_tile<Planes, 4>(rows, half);
+    default: return pick_tile<Planes, 8>(rows, false);
   }
 }
 
 // Blocks of 32 and 64 inputs scale their sums so often that twelve to sixteen registers of sums in a tile are best:
 // more of that overlaps with products. But up to five rows one tile is better, as it reads weights better than two.
-inline TileCut tile_cut(const Layout& l, std::int64_t rows) {
-  if (rows > kMaxTile && l.num_bits < 8 && l.block_k > 32) return {l.block_k < kActGroup ? 8 : kMaxHalfTile, 2};
-  return {l.block_k < kActGroup && rows >= kMaxTile ? 4 : kMaxTile};
+inline TileCut tile_cut(const Layout& l, std::int64_t rows, int planes) {
+  rows *= planes;
+  if (rows > kMaxTile && l.num_bits < 8 && l.block_k > 32)
+    return {(l.block_k < kActGroup ? 8 : kMaxHalfTile) / planes, 2, planes};
+  return {(l.block_k < kActGroup && rows >= kMaxTile ? 4 : kMaxTile) / planes, 1, planes};
 }
 
+template <int Planes>
 void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
               std::int64_t row_end) {
   const Layout& l = *a.layout;
-  const Int8Rows acts(l, a.rows, a.workspace);
-  const TileCut cut = tile_cut(l, row_end - row_begin);
+  const Int8Rows acts(l, a.rows * Planes, a.workspace);
+  const TileCut cut = tile_cut(l, row_end - row_begin, Planes);
   const auto tile = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, int part, Span span, Prefetch prefetch,
                         float* out) {
-    const TileIn in{acts.codes + m * l.k_padded, acts.scales + m * l.act_groups, acts.sums + m * l.blocks, prefetch,
-                    part * kVecs / cut.parts};
-    const TileFns tiles = pick_tile(l.num_bits, rows, cut.parts > 1);
+    const std::int64_t row = m * Planes;
+    const TileIn in{acts.codes + row * l.k_padded, acts.scales + row * l.act_groups, acts.sums + row * l.blocks,
+                    prefetch, part * kVecs / cut.parts};
+    const TileFns tiles = pick_tile<Planes>(l.num_bits, rows, cut.parts > 1);
     (l.per_channel ? tiles.channel : tiles.grouped)(l, a.panels + panel * l.panel_bytes, in, span, out);
   };
   const auto finish = [&](std::int64_t panel, std::int64_t m, std::int64_t rows, float* out) {

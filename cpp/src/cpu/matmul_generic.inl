@@ -31,10 +31,11 @@ void finish(const MatmulArgs& a, std::int64_t m, std::int64_t panel, const float
 // Rows of one panel at a time: the block is unpacked once for up to kBatch rows.
 constexpr std::int64_t kBatch = 32;
 
+template <int Planes>
 void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
               std::int64_t row_end) {
   const Layout& l = *a.layout;
-  const Int8Rows acts(l, a.rows, a.workspace);
+  const Int8Rows acts(l, a.rows * Planes, a.workspace);
   std::int16_t codes[kActGroup][kRows];
   float scales[kRows], out[kBatch][kRows];
   for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
@@ -46,13 +47,14 @@ void run_int8(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
         unpack_block(l, base, b, codes);
         load_scales(l, base, b, scales);
         const std::int64_t k0 = b * l.block_k, size = l.block_size(b);
-        for (std::int64_t m = 0; m < batch; ++m) {
-          const std::int8_t* x = acts.codes + (m0 + m) * l.k_padded + k0;
+        for (std::int64_t m = 0; m < batch * Planes; ++m) {
+          const std::int64_t row = m0 * Planes + m;
+          const std::int8_t* x = acts.codes + row * l.k_padded + k0;
           std::int32_t sum[kRows] = {};
           for (std::int64_t k = 0; k < size; ++k)
             for (int r = 0; r < kRows; ++r) sum[r] += codes[k][r] * x[k];
-          const float scale = acts.scales[(m0 + m) * l.act_groups + k0 / kActGroup];
-          for (int r = 0; r < kRows; ++r) out[m][r] += static_cast<float>(sum[r]) * scales[r] * scale;
+          const float scale = acts.scales[row * l.act_groups + k0 / kActGroup];
+          for (int r = 0; r < kRows; ++r) out[m / Planes][r] += static_cast<float>(sum[r]) * scales[r] * scale;
         }
       }
       for (std::int64_t m = 0; m < batch; ++m) finish(a, m0 + m, panel, out[m]);

@@ -127,12 +127,20 @@ void run(const MatmulKernel& kernel, const Tasks& tasks, std::span<const MatmulA
   parallel_for(tasks.size(), tasks.grain(), run_range, next);
 }
 
+const MatmulKernel& kernel_for(const KernelTable& table, Compute compute) {
+  switch (compute) {
+    case Compute::int8: return table.int8;
+    case Compute::int16: return table.int16;
+    default: return table.floating;
+  }
+}
+
 }  // namespace
 
 void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn& x, Compute compute,
              std::span<const PrepackedBuffer> next) {
   const KernelTable& table = kernels();
-  const MatmulKernel& kernel = compute == Compute::int8 ? table.int8 : table.floating;
+  const MatmulKernel& kernel = kernel_for(table, compute);
   std::vector<Prepacked> weights;
   for (const QmatmulPart& part : parts) weights.push_back(open(part.weight, table));
   for (const PrepackedBuffer& buffer : next) weights.push_back(open(buffer, table));

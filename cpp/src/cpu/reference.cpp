@@ -3,6 +3,7 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "core/scalar.h"
 #include "cpu/kernels.h"
@@ -108,7 +109,9 @@ Weight weight_at(const MatmulArgs& a, std::int64_t n, std::int64_t k) {
 }
 
 // One output of the int8 mode: activations of each 128 inputs rounded to amax / 127, integer products per weight block.
-float dot_int8(const MatmulArgs& a, std::int64_t m, std::int64_t n) {
+// In the int16 mode what this leaves over is rounded likewise to a 254th of that scale.
+template <int Planes>
+float dot_rounded(const MatmulArgs& a, std::int64_t m, std::int64_t n) {
   const Layout& l = *a.layout;
   float y = 0.0f;
   for (std::int64_t g = 0; g < l.act_groups; ++g) {
@@ -119,18 +122,24 @@ float dot_int8(const MatmulArgs& a, std::int64_t m, std::int64_t n) {
       if (!std::isfinite(x)) return std::numeric_limits<float>::quiet_NaN();
       amax = std::max(amax, x);
     }
-    const float scale = amax / 127.0f;
-    const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
-    float part = 0.0f;
-    for (std::int64_t k0 = begin; k0 < end; k0 += l.block_k) {
-      std::int32_t sum = 0;
-      for (std::int64_t k = k0; k < std::min(end, k0 + l.block_k); ++k) {
-        const float code = std::nearbyint(load(a.x, m, k) * inverse);
-        sum += weight_at(a, n, k).code * static_cast<int>(std::clamp(code, -127.0f, 127.0f));
+    std::vector<float> left_over;
+    for (std::int64_t k = begin; k < end; ++k) left_over.push_back(load(a.x, m, k));
+    float scale = amax / 127.0f;
+    for (int plane = 0; plane < Planes; ++plane, scale /= 254.0f) {
+      const float inverse = scale >= FLT_MIN ? 1.0f / scale : 0.0f;
+      float part = 0.0f;
+      for (std::int64_t k0 = begin; k0 < end; k0 += l.block_k) {
+        std::int32_t sum = 0;
+        for (std::int64_t k = k0; k < std::min(end, k0 + l.block_k); ++k) {
+          float& x = left_over[static_cast<std::size_t>(k - begin)];
+          const float code = std::clamp(std::nearbyint(x * inverse), -127.0f, 127.0f);
+          x = std::fma(code, -scale, x);
+          sum += weight_at(a, n, k).code * static_cast<int>(code);
+        }
+        part += static_cast<float>(sum) * weight_at(a, n, k0).scale;
       }
-      part += static_cast<float>(sum) * weight_at(a, n, k0).scale;
+      y += part * scale;
     }
-    y += part * scale;
   }
   return y;
 }
@@ -227,7 +236,8 @@ const KernelTable reference_table = {
     quantize,
     dequantize,
     fake_quantize,
-    {no_workspace, no_prepare, matmul<dot_int8>, 1, 264},
+    {no_workspace, no_prepare, matmul<dot_rounded<1>>, 1, 264},
+    {no_workspace, no_prepare, matmul<dot_rounded<2>>, 1, 264},
     {no_workspace, no_prepare, matmul<dot_float>, 1, 264},
     project<as_it_is>,
     &project<as_bf16>,

@@ -90,10 +90,12 @@ inline void store_tile(const MatmulArgs& a, std::int64_t panel, std::int64_t m, 
   }
 }
 
-// How rows and a panel are cut into tiles: at most `rows` activation rows by 1 / `parts` of the panel.
+// How rows and a panel are cut into tiles: at most `rows` activation rows, of `planes` rows of codes, by 1 / `parts` of
+// the panel.
 struct TileCut {
   std::int64_t rows;
   int parts = 1;
+  int planes = 1;
   std::int64_t tiles(std::int64_t count) const { return (count + rows - 1) / rows * parts; }
 };
 
@@ -119,7 +121,7 @@ inline void run_few_rows(const MatmulArgs& a, Span panels, Span rows, std::int64
         n = next_tile(count - m, cut.rows);
         for (int part = 0; part < cut.parts; ++part, ++i) {
           const Prefetch prefetch =
-              tiles == 1 ? prefetch_ahead(weights, n) : prefetch_share(weights, size, next, i, tiles);
+              tiles == 1 ? prefetch_ahead(weights, n * cut.planes) : prefetch_share(weights, size, next, i, tiles);
           tile(panel, rows.begin + m, n, part, Span{g, end}, prefetch, out + m * kRows);
         }
       }

@@ -51,8 +51,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--compute",
         choices=ENGINE_COMPUTE,
-        default="int8",
-        help="how layers multiply (bfloat16: dense ones)",
+        default=EvalOptions.compute,
+        help="how layers multiply: quantized ones with activations of 8 bits (as generation does), of 16 (default) or as "
+        "they are, dense ones in bfloat16",
     )
     add(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="default", help="default: float32 on CPU"

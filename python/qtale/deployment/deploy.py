@@ -260,7 +260,7 @@ def deploy(
     """
     check_backend(backend)
     if compute not in COMPUTE:
-        raise InputError(f"deploy: compute {compute!r} is not a mode; use 'int8' or 'float'.")
+        raise InputError(f"deploy: compute {compute!r} is not a mode; use 'int8', 'int16' or 'float'.")
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.read(plan)
     if options is None:

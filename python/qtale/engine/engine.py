@@ -54,8 +54,8 @@ def load(
     The folder is dense (float32, float16, bfloat16) or in compressed-tensors ``pack-quantized`` form. ``bits``
     (2, 3, 4, 8; with ``group_size`` and ``symmetric`` as in :class:`qtale.QuantSpec`) rounds a dense one while it is
     read; ``lm_head_bits`` (8 or 4) rounds the head, which at small sizes is half of what each token reads. ``compute``
-    is how layers multiply: "int8" rounds the activations of quantized ones to 8 bits (fast), "float" takes them as they
-    are, "bfloat16" is "float" but for what is not quantized, where weights and activations are rounded to bfloat16:
+    is how layers multiply: "int8" rounds the activations of quantized ones to 8 bits (fast), "int16" to 16 bits (as
+    fast for a few tokens, slower for prompts), "float" takes them as they are, "bfloat16" is "float" but for what is not quantized, where weights and activations are rounded to bfloat16:
     twice as fast on CPUs with AVX-512 BF16, InputError on others.
     ``context`` bounds the tokens of a sequence (default: max_position_embeddings). ``kv_dtype`` is "float16",
     "float32", "int8-keys" (keys rotated by a Hadamard matrix and rounded to 8 bits, values in float16; with AVX-512

@@ -45,7 +45,7 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         if self.compute not in ENGINE_COMPUTE:
-            raise InputError(f"load: compute {self.compute!r} is not known; use 'int8', 'float' or 'bfloat16'.")
+            raise InputError(f"load: compute {self.compute!r} is not known; use {', '.join(ENGINE_COMPUTE)}.")
         if self.compute == "bfloat16" and not _core.has_bfloat16():
             raise InputError(
                 f"load: compute 'bfloat16' needs a CPU that multiplies such numbers (AVX-512 BF16), but the kernels in "

@@ -32,7 +32,7 @@ class EvalOptions:
     spec: QuantSpec | None = None
     method: str = RTN
     baseline: str | None = None
-    compute: str = "int8"
+    compute: str = "int16"
     backend: str = "auto"
     lm_head_bits: int | None = None
     threads: int | None = None

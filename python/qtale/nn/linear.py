@@ -18,8 +18,9 @@ from qtale.torch_ops import qmatmul
 class QLinear(nn.Module):
     """``x @ weight.T + bias`` with a quantized weight; x [..., in_features] in float32, float16 or bfloat16.
 
-    ``compute="int8"`` rounds activations to 8 bits on the way in (fast), ``"float"`` takes them as they are; error
-    bounds stand at :func:`qtale.ops.qmatmul`. The mode may be changed at any time. Gradients reach x and bias.
+    ``compute="int8"`` rounds activations to 8 bits on the way in (fast), ``"int16"`` to 16, ``"float"`` takes them as
+    they are; error bounds stand at :func:`qtale.ops.qmatmul`. The mode may be changed at any time. Gradients reach x
+    and bias.
 
     The state dict holds compressed-tensors' names (``weight_packed``, ``weight_scale``, ``weight_shape``, and
     ``weight_zero_point`` where asymmetric), so it loads on every CPU. In memory the weight exists once, prepacked.
@@ -42,7 +43,7 @@ class QLinear(nn.Module):
     ) -> None:
         super().__init__()
         if compute not in COMPUTE:
-            raise InputError(f"QLinear: compute {compute!r} is not a mode; use 'int8' or 'float'.")
+            raise InputError(f"QLinear: compute {compute!r} is not a mode; use 'int8', 'int16' or 'float'.")
         self.in_features = in_features
         self.out_features = out_features
         self.spec = _resolve(spec, in_features)
