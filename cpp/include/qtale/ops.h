@@ -16,7 +16,8 @@ namespace qtale {
 //   float: activations as they are up to the 17th significant bit, products of unsigned codes summed in float32:
 //          |y - y_exact| <= (in + 56) * 2^-24 * sum_k (|code_k| + |zero_point| + 2^b) * scale * max(|x_k|, 2^-96).
 //          float32 activations are exact but for two cases: weights below 8 bits meet them as sums of two bf16 numbers
-//          with AVX-512 BF16 and no AMX; AVX2 keeps them to 2^-24 of the largest of 128, and a row with inf or NaN becomes NaN.
+//          with AVX-512 BF16 and no AMX; AVX2 keeps them to 2^-24 of the largest of 128, and a row with inf or NaN
+//          becomes NaN.
 //   bfloat16 is for weights that are not quantized, see matmul; qmatmul takes it for float, as matmul takes int8 and
 //   int16.
 // In all modes a row of y depends on its row of x alone, bit for bit.
