@@ -46,7 +46,7 @@ def pack(codes: Array, num_bits: int) -> Array:
 
 
 def rounding_bound(x: Array, weight: Array, compute: str) -> Array:
-    """What rounding activations to 8 or 16 bits may cost: sum_k |w_k| * amax(group of k) / 254 or 254^2, [rows, out]."""
+    """What rounding activations to 8 or 16 bits may cost: sum_k |w_k| * amax(group) / 254 or 254^2, [rows, out]."""
     rows, in_features = x.shape
     padded = np.zeros((rows, -(-in_features // ACTIVATION_GROUP) * ACTIVATION_GROUP))
     padded[:, :in_features] = np.abs(x)

@@ -65,7 +65,10 @@ def test_opcheck(case: str) -> None:
 
 
 # Inductor needs a C++ compiler at run time and seconds for each graph: one case of it is enough.
-@pytest.mark.parametrize(("backend", "compute"), [("aot_eager", "int8"), ("aot_eager", "int16"), ("aot_eager", "float"), ("inductor", "int8")])
+@pytest.mark.parametrize(
+    ("backend", "compute"),
+    [("aot_eager", "int8"), ("aot_eager", "int16"), ("aot_eager", "float"), ("inductor", "int8")],
+)
 def test_compile_without_graph_breaks(backend: str, compute: str) -> None:
     prepacked, _ = packed()
     bias = torch.randn(40, requires_grad=True)

@@ -52,8 +52,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute",
         choices=ENGINE_COMPUTE,
         default=EvalOptions.compute,
-        help="how layers multiply: quantized ones with activations of 8 bits (as generation does), of 16 (default) or as "
-        "they are, dense ones in bfloat16",
+        help="how layers multiply: quantized ones with activations of 8 bits (as generation does), of 16 (default) or "
+        "as they are, dense ones in bfloat16",
     )
     add(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="default", help="default: float32 on CPU"

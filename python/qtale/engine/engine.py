@@ -55,8 +55,9 @@ def load(
     (2, 3, 4, 8; with ``group_size`` and ``symmetric`` as in :class:`qtale.QuantSpec`) rounds a dense one while it is
     read; ``lm_head_bits`` (8 or 4) rounds the head, which at small sizes is half of what each token reads. ``compute``
     is how layers multiply: "int8" rounds the activations of quantized ones to 8 bits (fast), "int16" to 16 bits (as
-    fast for a few tokens, slower for prompts), "float" takes them as they are, "bfloat16" is "float" but for what is not quantized, where weights and activations are rounded to bfloat16:
-    twice as fast on CPUs with AVX-512 BF16, InputError on others.
+    fast for a token or two, slower for prompts), "float" takes them as they are, "bfloat16" is "float" but for what is
+    not quantized, where weights and activations are rounded to bfloat16: twice as fast on CPUs with AVX-512 BF16,
+    InputError on others.
     ``context`` bounds the tokens of a sequence (default: max_position_embeddings). ``kv_dtype`` is "float16",
     "float32", "int8-keys" (keys rotated by a Hadamard matrix and rounded to 8 bits, values in float16; with AVX-512
     BF16), or "auto": float32 for models stored in it, 8-bit keys for ``compute="int8"`` where every layer is quantized

@@ -61,12 +61,15 @@ def load_model(
 ) -> PreTrainedModel:
     """A transformers model in eval mode on ``device``.
 
-    ``spec`` quantizes a dense model in memory; ``compute`` ("int8", "int16" or "float") is how quantized layers multiply.
+    ``spec`` quantizes a dense model in memory; ``compute`` ("int8", "int16" or "float") is how quantized ones
+    multiply.
     Raises InputError (a spec for a model that is quantized already, an unknown compute or device), CheckpointError,
     UnsupportedError, NetworkError.
     """
     if compute not in COMPUTE:
-        raise InputError(f"compute {compute!r} is not known to PyTorch's layers; use 'int8', 'int16' or 'float', or the engine.")
+        raise InputError(
+            f"compute {compute!r} is not known to PyTorch's layers; use 'int8', 'int16' or 'float', or the engine."
+        )
     folder = model_folder(model)
     if not is_quantized(folder):
         # Scales take the stored type, so that the model equals the folder that `qtale quantize` writes.
