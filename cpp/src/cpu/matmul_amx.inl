@@ -80,8 +80,9 @@ class AmxRun {
         tiles_(l_, a.rows * Planes, a.workspace),
         group_blocks_(kActGroup / l_.block_k),
         reads_panel_(l_.per_channel && l_.num_bits == 8 && l_.k_padded % kTileK == 0),
-        stream_(streams(a.y, a.rows, l_.n)) {
-    const ScratchSizes sizes(l_);
+        stream_(streams(a.y, a.rows, l_.n)),
+        part_k_(part_k(rows_.end - rows_.begin)) {
+    const ScratchSizes sizes(l_, part_k_);
     std::byte* at = a.scratch;
     for (int i = 0; i < 2; ++i) {
       parts_[i].codes = unpacked_[i] = reinterpret_cast<std::uint8_t*>(at);
@@ -96,7 +97,7 @@ class AmxRun {
   AmxRun& operator=(const AmxRun&) = delete;
 
   static std::size_t scratch_bytes(const Layout& l, std::int64_t rows) {
-    const ScratchSizes sizes(l);
+    const ScratchSizes sizes(l, part_k(rows * Planes));
     return static_cast<std::size_t>(2 * (sizes.codes + 2 * sizes.params) + sizes.sums + rows * kRows * 4);
   }
 
@@ -112,17 +113,19 @@ class AmxRun {
   struct ScratchSizes {
     std::int64_t codes, params, sums;
 
-    explicit ScratchSizes(const Layout& l) {
-      const std::int64_t k = min64(ceil_div(l.k_padded, kTileK) * kTileK, kPartK);
+    ScratchSizes(const Layout& l, std::int64_t part) {
+      const std::int64_t k = min64(ceil_div(l.k_padded, kTileK) * kTileK, part);
       codes = k * kRows;
       params = l.per_channel ? 0 : k / l.block_k * kRows * 4;
       sums = kActGroup / l.block_k * kUnitSums * 4;
     }
   };
 
+  // Few rows need unpacked codes so soon again that L1 may keep them.
+  static std::int64_t part_k(std::int64_t rows) { return rows <= 2 * kStripRows ? kActGroup : kPartK; }
   std::int64_t step_k() const { return min64(l_.block_k, kTileK); }
 
-  std::int64_t groups_of_part() const { return ceil_div(l_.act_groups, ceil_div(l_.k_padded, kPartK)); }
+  std::int64_t groups_of_part() const { return ceil_div(l_.act_groups, ceil_div(l_.k_padded, part_k_)); }
   Span first_groups() const { return {0, groups_of_part()}; }
   Span blocks_of(Span groups) const {
     return {groups.begin * group_blocks_, min64(l_.blocks, groups.end * group_blocks_)};
@@ -239,6 +242,7 @@ class AmxRun {
   std::int64_t group_blocks_;
   bool reads_panel_;  // codes lie there as tiles want them
   bool stream_;
+  std::int64_t part_k_;
   std::uint8_t* unpacked_[2];
   PanelPart parts_[2];
   int current_ = 0;  // of the parts: the one that is multiplied

@@ -23,12 +23,11 @@ inline TileShapes tile_shapes(std::int64_t step_k) {
 
 // From so many rows on tiles are faster than registers: earlier the more registers have to do to unpack codes.
 inline std::int64_t fewest_rows(const Layout& l) {
-  if (l.block_k == 32) return 28;
   switch (l.num_bits) {
-    case 2: return 13;
-    case 3: return 16;
-    case 4: return 21;
-    default: return 25;
+    case 2: return 10;
+    case 3: return l.block_k == 32 ? 11 : 10;
+    case 4: return l.block_k == 32 ? 28 : 12;
+    default: return l.block_k == 32 ? 28 : 25;
   }
 }
 
