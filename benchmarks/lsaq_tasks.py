@@ -26,6 +26,7 @@ from qtale.eval.sources import choose
 from qtale.eval.tasks import opened_tasks, task_names
 from qtale.importance import Importance, MeasureOptions
 from qtale.planner.source import Source, open_source
+from qtale.spec import COMPUTE
 
 TASKS = "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge"
 SCORES = ("jaccard", "lim")
@@ -135,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-sequences", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--top-k", type=int, default=500)
-    parser.add_argument("--compute", choices=("float", "int8"), default="float", help="products of quantized layers")
+    parser.add_argument("--compute", choices=COMPUTE, default="float", help="products of quantized layers")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no more tasks after it")
     parser.add_argument("--json", metavar="FILE|-", help="write all figures")

@@ -119,7 +119,7 @@ def qmatmul(x: Array, prepacked: Array, out_features: int, bias: Array | None = 
 
     ``compute="int8"`` rounds activations to 8 bits per row and 128 inputs:
     ``|error| <= sum_k |w_k| * amax(group of k) / 254`` plus float32 rounding.
-    ``compute="int16"`` likewise to 16 bits, which divides that error by 254.
+    ``compute="int16"`` likewise to 16 bits, which divides that error by 254 (down to amax of 2^-103).
     ``compute="float"`` takes them as they are and sums products of unsigned codes in float32: ``|error| <= (in + 56) *
     2^-24 * sum_k (|code_k| + |zero_point| + 2^num_bits) * scale * max(|x_k|, 2^-96)``. (Where it is faster, activations
     are split into bf16 or integer numbers that keep 17 bits or more; AVX2 then gives NaN for a row that holds inf.)

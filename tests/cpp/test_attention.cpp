@@ -18,7 +18,7 @@ const Case kCases[] = {
     {2, 1, 2, 4, 20, 0},
 };
 
-constexpr Compute kComputes[] = {Compute::floating, Compute::int8};
+constexpr Compute kComputes[] = {Compute::floating, Compute::int16, Compute::int8};
 
 }  // namespace
 

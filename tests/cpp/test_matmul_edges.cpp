@@ -1,4 +1,5 @@
 // qmatmul kernels at the ends of their ranges: extreme codes and activations, zeros, NaN, infinity, no inputs.
+#include <cfloat>
 #include <cmath>
 #include <limits>
 
@@ -88,6 +89,37 @@ TEST_CASE("qmatmul: huge and tiny and empty activation groups") {
       for (std::int64_t k = 0; k < shape.k; ++k) x.set(m, k, x.get(m, k) * factors[(m + k / 128) % 7]);
     check_tables(weight, x, compute, "mixed magnitudes");
   });
+}
+
+// Weights of one and zeros give back what activations were rounded to, whose bound no sum of others hides.
+TEST_CASE("qmatmul int16: tiny and huge groups are rounded within half a step of 16 bits") {
+  constexpr std::int64_t kIn = 256, kGroup = 128, kSteps = 40;
+  for (const int bits : kBits)
+    for (const float weight_scale : {1.0f, 0x1p-30f}) {
+      Random random(36);
+      Weight weight = random_weight(random, {kIn, kIn, kIn / kGroup, bits, true, DType::f32});
+      for (std::int64_t i = 0; i < kIn * kIn; ++i) weight.codes[i] = i / kIn == i % kIn ? 1 : 0;
+      for (std::int64_t i = 0; i < weight.scale.size(); ++i) weight.scale.set(i, weight_scale);
+      Activations x(DType::f32, kSteps, kIn);
+      for (std::int64_t m = 0; m < kSteps; ++m)
+        for (std::int64_t k = 0; k < kIn; ++k) {
+          const float most = weight_scale == 1.0f ? std::ldexp(1.0f, static_cast<int>(m) - 140) : FLT_MAX;
+          x.set(m, k, k % kGroup == 0 ? most : most * random.uniform(-1.0f, 1.0f));
+        }
+      for (const cpu::KernelTable* table : cpu::available_tables()) {
+        const Panels panels = make_panels(weight, table->panel_rows);
+        const Product out = run_kernel(*table, Compute::int16, panels, x, kSteps, {}, random);
+        double worst = 0.0;
+        for (std::int64_t i = 0; i < kSteps * kIn; ++i) {
+          const double exact = double{x.get(i / kIn, i % kIn)} * weight_scale;
+          const double step = std::max(std::fabs(double{x.get(i / kIn, 0)}) / 32258, 0x1p-118) * weight_scale;
+          const double rounding = std::fabs(exact) * 0x1p-22;
+          worst = std::max(worst, std::fabs(out.y.get(i) - exact) / (step / 2 + rounding));
+        }
+        INFO(table->name << " W" << bits << ", scale " << weight_scale);
+        CHECK(worst <= 1.0);
+      }
+    }
 }
 
 TEST_CASE("qmatmul: NaN and infinity spoil their row and no other") {

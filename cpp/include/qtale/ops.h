@@ -12,17 +12,20 @@ namespace qtale {
 //   int8:  activations are rounded to 8 bits per row and group of 128 inputs:
 //          |y - y_exact| <= sum_k |w_k| * s(k) / 2 with s = amax(group) / 127, plus float32 rounding.
 //   int16: likewise to 16 bits, in two codes of 8, of which the second holds what the first left over:
-//          |y - y_exact| <= sum_k |w_k| * s(k) / 2 with s = max(amax(group) / 32258, 2^-118), plus float32 rounding.
+//          |y - y_exact| <= sum_k |w_k| * s(k) / 2 with s = max(amax(group) / 32258, 2^-118), plus float32
+//          rounding as in float mode.
 //   float: activations as they are up to the 17th significant bit, products of unsigned codes summed in float32:
 //          |y - y_exact| <= (in + 56) * 2^-24 * sum_k (|code_k| + |zero_point| + 2^b) * scale * max(|x_k|, 2^-96).
 //          float32 activations are exact but for two cases: weights below 8 bits meet them as sums of two bf16 numbers
-//          with AVX-512 BF16 and no AMX; AVX2 keeps them to 2^-24 of the largest of 128, and a row with inf or NaN
+//          with the kernels of AVX-512 BF16; AVX2 keeps them to 2^-24 of the largest of 128, and a row with inf or NaN
 //          becomes NaN.
 //   bfloat16 is for weights that are not quantized, see matmul; qmatmul takes it for float, as matmul takes int8 and
 //   int16.
 // In all modes a row of y depends on its row of x alone, bit for bit.
 // Rounding to the dtype of y comes on top.
 enum class Compute : std::uint8_t { int8, int16, floating, bfloat16 };
+// Whether attention and routers may round to bfloat16, too.
+constexpr bool rounds_to_bfloat16(Compute compute) { return compute == Compute::int8 || compute == Compute::bfloat16; }
 
 // Round to nearest, ties to even: codes[o,i] in [-2^(b-1), 2^(b-1)-1], weight ~ (code - zero_point) * scale.
 //   weight [out, in] f32|f16|bf16; codes [out, in] s8; scale [out, groups] f32|f16|bf16; zero_point [out, groups] s8.

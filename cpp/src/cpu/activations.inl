@@ -32,7 +32,7 @@ struct Int8Rows {
   }
 };
 
-inline std::size_t int8_rows_bytes(const Layout& l, std::int64_t rows) {
+inline std::size_t code_rows_bytes(const Layout& l, std::int64_t rows) {
   const auto count = static_cast<std::size_t>(rows);
   return aligned(count * static_cast<std::size_t>(l.k_padded)) +
          aligned(count * static_cast<std::size_t>(l.act_groups) * sizeof(float)) +
@@ -43,7 +43,7 @@ constexpr float kPlaneStep = 254.0f;  // the scale of a plane over that of the n
 
 template <int Planes>
 std::size_t int8_rows_bytes(const Layout& l, std::int64_t rows) {
-  return int8_rows_bytes(l, rows * Planes);
+  return code_rows_bytes(l, rows * Planes);
 }
 
 template <class E>
@@ -85,7 +85,8 @@ inline float quantize_activation_group(const typename E::T* p, std::int64_t coun
                                        float* left_over = nullptr) {
   const float amax = activation_amax<E>(p, count);
   if (amax <= FLT_MAX) {
-    const float scale = amax / 127.0f;
+    // 127 times the scale of the largest numbers would round to infinity.
+    const float scale = (left_over != nullptr && amax > 0x1.fffffcp127f ? 0x1.fffffcp127f : amax) / 127.0f;
     code_plane<E>(p, count, padded, block, scale, codes, sums, left_over);
     return scale;
   }

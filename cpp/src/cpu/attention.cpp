@@ -36,7 +36,7 @@ Item make_item(const AttentionArgs& args, const AttentionBlock& block) {
 
 const AttentionKernel& kernel_for(const AttentionArgs& args) {
   const DecoderKernels& table = *kernels().decoder;
-  const bool rounds = args.compute == Compute::int8 || args.compute == Compute::bfloat16 || args.dtype == DType::s8;
+  const bool rounds = rounds_to_bfloat16(args.compute) || args.dtype == DType::s8;
   return rounds ? table.rounded.attention : table.attention;
 }
 

@@ -177,7 +177,7 @@ extern const KernelTable generic_table;
 #ifdef QTALE_X86
 extern const KernelTable avx2_table;
 extern const KernelTable avx512_table;
-extern const MatmulKernel avx512_bf16_float_table;  // in place of the float one where the CPU has BF16
+extern const MatmulKernel avx512_bf16_float_table;  // in place of the float one where the CPU has BF16, but no AMX
 extern const ProjectKernel avx512_bf16_project_table;
 extern const MatmulKernel avx512_amx_int8_table;  // in place of these where the CPU has AMX
 extern const MatmulKernel avx512_amx_int16_table;

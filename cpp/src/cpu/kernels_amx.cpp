@@ -1,5 +1,5 @@
-// What AMX adds to AVX-512: the int8 qmatmul of many rows. That of few rows is here once more, because the servers that
-// have AMX have memory far away.
+// What AMX adds to AVX-512: the int8 and int16 qmatmul of many rows. That of few rows is here once more, because the
+// servers that have AMX have memory far away.
 #define QTALE_FAR_MEMORY
 #include "cpu/vec_avx512.h"
 

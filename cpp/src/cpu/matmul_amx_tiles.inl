@@ -37,7 +37,7 @@ struct ActTiles {
   std::int64_t row_bytes;  // of 16 rows
 
   ActTiles(const Layout& l, std::int64_t rows, std::byte* workspace)
-      : codes(reinterpret_cast<std::int8_t*>(workspace + int8_rows_bytes(l, rows))),
+      : codes(reinterpret_cast<std::int8_t*>(workspace + code_rows_bytes(l, rows))),
         row_bytes(ceil_div(l.k_padded, kTileK) * kTileBytes) {}
   const std::int8_t* at(std::int64_t m, std::int64_t k) const {
     return codes + m / kTileRows * row_bytes + k / kTileK * kTileBytes + k % kTileK;

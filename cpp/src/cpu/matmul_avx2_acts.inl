@@ -1,7 +1,7 @@
 // Activations as the AVX2 kernels read them: integer codes in rows, one scale per 128 inputs.
 // int8 mode has one plane of codes per activation row, int16 mode two, or one of 16 bits for 8-bit weights, which are
-// multiplied as such. Float mode has two or three: each later plane codes what the
-// planes before it left over, down to 2^-24 of the largest of the 128 inputs, which is what float32 sums resolve.
+// multiplied as such. Float mode has two or three: each later plane codes what the planes before it left over, down to
+// 2^-24 of the largest of the 128 inputs, which is what float32 sums resolve.
 // Planes are rows of their own to the kernels; their products are added up at the end.
 #pragma once
 
@@ -18,7 +18,7 @@ inline std::int64_t row_stride(std::int64_t bytes) { return ((bytes + 63) / 64 |
 constexpr std::int64_t planes_of(Compute mode) { return mode == Compute::int8 ? 1 : mode == Compute::int16 ? 2 : 3; }
 
 struct Acts {
-  bool floating;
+  float least;           // scale
   float top;             // largest code
   std::int64_t planes;   // rows of codes per activation row
   std::int64_t rows;     // of codes
@@ -33,7 +33,7 @@ struct Acts {
   std::size_t bytes;
 
   Acts(const Layout& l, std::int64_t row_count, Compute mode, std::byte* workspace)
-      : floating(mode == Compute::floating),
+      : least(mode == Compute::int8 ? 0.0f : FLT_MIN),
         top(mode != Compute::int8 && l.num_bits == 8 ? 32767.0f : 127.0f),
         planes(planes_of(mode) - (mode != Compute::int8 && l.num_bits == 8)),
         rows(row_count * planes),
@@ -100,7 +100,7 @@ void code_group(const Acts& out, std::int64_t row, std::int64_t group, float ama
   const bool finite = amax <= FLT_MAX;
   float scale = finite ? amax / out.top : 0.0f;
   for (std::int64_t r = row; r < row + out.planes; ++r, scale /= 2.0f * out.top) {
-    if (out.floating && scale < FLT_MIN) scale = FLT_MIN;
+    if (scale < out.least) scale = out.least;
     for (std::int64_t i = 0; i < padded; i += out.flush) {
       const std::int64_t count = min64(out.flush, padded - i), k = group * kActGroup + i;
       const std::int64_t at = k / out.flush * out.rows + r;

@@ -1,5 +1,5 @@
 // int8 qmatmul on AVX-512 VNNI over 64-row panels: unsigned codes against broadcast signed activations.
-// Four registers hold one input quad of 64 rows; a tile of up to six activation rows reuses each unpacked register.
+// Four registers hold one input quad of 64 rows; a tile of up to six rows of codes reuses each unpacked register.
 // More rows take tiles of half a panel, where up to 13 reuse it: unpacking takes as long as multiplying a row.
 // In int16 mode an activation row is two rows of codes, which share a row of outputs.
 #include "cpu/codes_avx512.inl"

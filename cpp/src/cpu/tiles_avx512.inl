@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kRows = 64;
 constexpr std::int64_t kFewRows = 24;
-constexpr int kMaxTile = 6;       // activation rows of a tile: 24 accumulators leave room for the weights
+constexpr int kMaxTile = 6;       // rows of codes of a tile: 24 accumulators leave room for the weights
 constexpr int kMaxHalfTile = 13;  // of tiles of half a panel, whose 26 accumulators leave less
 
 // Part of a range: panels, rows or activation groups.

@@ -165,8 +165,7 @@ class Block {
 
 Compute rounding_of(const DecoderSpec& spec, const DecoderLayer& layer) {
   const bool packed = is_packed(layer.qkv) && is_packed(layer.o);
-  return (packed && spec.compute == Compute::int8) || spec.compute == Compute::bfloat16 ? spec.compute
-                                                                                        : Compute::floating;
+  return packed || spec.compute == Compute::bfloat16 ? spec.compute : Compute::floating;
 }
 
 void run_block(const BlockInput& input, Workspace& workspace) { Block(input, workspace).run(); }

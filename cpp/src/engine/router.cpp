@@ -16,7 +16,7 @@ float sigmoid(float x) { return 1.0F / (1.0F + std::exp(-x)); }
 
 // Routers are dense. In float32 they would take an eighth of a prompt's time where a quarter of the tokens execute.
 Compute compute_of(Compute rounding, std::int64_t hidden_size) {
-  const bool rounds = rounding != Compute::floating && has_bfloat16() && hidden_size % 2 == 0;
+  const bool rounds = rounds_to_bfloat16(rounding) && has_bfloat16() && hidden_size % 2 == 0;
   return rounds ? Compute::bfloat16 : Compute::floating;
 }
 

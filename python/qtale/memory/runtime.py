@@ -16,8 +16,8 @@ TORCH, ENGINE = "torch", "engine"
 MODULE_BYTES = 10 << 10
 # Rows of one pass of the engine: enough to keep the kernels busy, few enough to stay in caches and to stop soon.
 PASS_TOKENS = 512
-# Inputs that share one activation scale of 4 bytes in the int8 product.
-_ACTIVATION_GROUP = 128
+# Inputs that share one activation scale of 4 bytes, and codes of an input: one in int8 products, two in int16 ones.
+_ACTIVATION_GROUP, _MOST_CODES = 128, 2
 # The engine keeps keys and values in pages of so many tokens with a header, weights in so many regions for each layer.
 _PAGE_TOKENS, _PAGE_HEADER = 16, 64
 _REGIONS = 4
@@ -52,7 +52,7 @@ def _torch_kv_cache(shape: ModelShape, context: int, batch: int) -> int:
 
 
 def _torch_workspace(shape: ModelShape, context: int, batch: int) -> int:
-    """Measured: three tensors of the MLP's inner width, five of the attention's, int8 codes, logits of the last token.
+    """Measured: three tensors of the MLP's inner width, five of the attention's, codes, logits of the last token.
 
     Sampling widens the logits to float32. This counts what is in use: with the settings that it comes with, glibc's
     allocator may hold up to three times as much in gaps between pieces of the KV cache (MALLOC_MMAP_THRESHOLD_=65536
@@ -77,7 +77,7 @@ def _engine_kv_cache(shape: ModelShape, context: int, batch: int) -> int:
 def _engine_workspace(shape: ModelShape, context: int, batch: int) -> int:
     """One pass: float32 rows of residual stream, attention and MLP, inputs of one product, logits of a row a sequence.
 
-    Inputs are int8 codes where weights are quantized, and float32 once more where they are not. Beside these, each
+    Inputs are codes where weights are quantized, and float32 once more where they are not. Beside these, each
     thread takes a MiB or two, which grow with nothing but the size of attention heads.
     """
     row = 4 * (4 * shape.intermediate_width + 5 * shape.attention_width + shape.kv_width) + _codes(shape)
@@ -86,7 +86,7 @@ def _engine_workspace(shape: ModelShape, context: int, batch: int) -> int:
 
 def _codes(shape: ModelShape) -> int:
     forms = 2 if _core.has_tiles() else 1
-    return forms * shape.intermediate_width + 4 * shape.intermediate_width // _ACTIVATION_GROUP
+    return _MOST_CODES * (forms * shape.intermediate_width + 4 * shape.intermediate_width // _ACTIVATION_GROUP)
 
 
 _RUNTIMES = {
