@@ -122,7 +122,7 @@ class AmxRun {
   };
 
   // Few rows need unpacked codes so soon again that L1 may keep them.
-  static std::int64_t part_k(std::int64_t rows) { return rows <= 2 * kStripRows ? kActGroup : kPartK; }
+  static std::int64_t part_k(std::int64_t rows) { return rows <= 3 * kStripRows ? kActGroup : kPartK; }
   std::int64_t step_k() const { return min64(l_.block_k, kTileK); }
 
   std::int64_t groups_of_part() const { return ceil_div(l_.act_groups, ceil_div(l_.k_padded, part_k_)); }
