@@ -66,14 +66,13 @@ def torch_perplexity(folder: Path, text: str, windows: int, spec: QuantSpec | No
     return math.exp(math.fsum(losses) / len(losses))
 
 
-def score(options: argparse.Namespace, spec: QuantSpec | None, compute: str, tasks: tuple[str, ...]) -> dict[str, Any]:
+def score(options: argparse.Namespace, spec: QuantSpec | None, tasks: tuple[str, ...]) -> dict[str, Any]:
     """lm-eval's results of one form of the model."""
     outcome = evaluate(
         EvalOptions(
             tasks,
             model=options.model,
             spec=spec,
-            compute=compute,
             data=options.data,
             limit=options.limit,
             perplexity_windows=options.windows,
@@ -83,9 +82,9 @@ def score(options: argparse.Namespace, spec: QuantSpec | None, compute: str, tas
 
 
 def measure(name: str, spec: QuantSpec | None, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One row: accuracies of the int8 mode, perplexities of both modes and of torch."""
+    """One row: accuracies as ``qtale eval`` gives them, perplexities of two modes and of torch."""
     row: dict[str, Any] = {"form": name}
-    results = score(options, spec, "int8", tuple(options.tasks.split(",")))
+    results = score(options, spec, tuple(options.tasks.split(",")))
     row["bits_per_weight"] = results["qtale"]["bits_per_weight"]
     for task, values in results["results"].items():
         row[task] = {key: values[f"{key},none"] for key in ("acc", "acc_norm") if f"{key},none" in values}
