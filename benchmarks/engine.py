@@ -42,6 +42,7 @@ class Format:
     prefill: tuple[float, float] | None = None
     every: bool = False  # all other figures too
     peer: str | None = None  # file type that stands beside it
+    compute: str = "int8"
 
 
 FORMATS = (
@@ -49,6 +50,7 @@ FORMATS = (
     Format("W4 head 8", QuantSpec(4, "auto"), 8, (0.85, 0.78), None, False, "4"),
     Format("W8", QuantSpec(8, "channel"), 8, (0.90, 0.82), (0.60, 0.62), False, "8"),
     Format("W3", QuantSpec(3, "auto"), 4, (0.85, 0.65)),
+    Format("W4 int16", QuantSpec(4, "auto"), 4, compute="int16"),
 )
 # Over llama.cpp and ik_llama.cpp, avx512 and avx2: decode (of 4 bits only), prefill.
 PEER_TARGETS = {
@@ -91,7 +93,7 @@ class Bench:
         sizes = self.sizes
         targets = of_isa(form.decode), of_isa(form.prefill)
         yield from self.on_threads(f"{form.name} decode", lambda: judge(decode(subject, sizes.repeats), targets[0]))
-        if form.prefill:
+        if form.prefill or form.compute != "int8":
             yield from self.on_threads(
                 f"{form.name} prefill",
                 lambda: judge(prefill(subject, sizes.short, sizes.slow_repeats), targets[1]),
@@ -175,7 +177,7 @@ def figures(bench: Bench, model: str, form: Format) -> Iterator[Row]:
     if not bench.wants_of(*(f"{form.name} {part}" for part in parts)):
         return
     folder, options = model_folder(model, form, bench.work)
-    subject = Subject(cases.loader(folder, options)(None))
+    subject = Subject(cases.loader(folder, options, form.compute)(None))
     yield from bench.basic(subject, form)
     yield from bench.beside(subject, form, model)
     if not form.every:

@@ -232,8 +232,8 @@ def loading(load: Callable[[Path], LoadedModel], cache: Path, sizes: Sizes) -> l
     return [make_row("load, first time", first, "s", samples=1), again]
 
 
-def loader(folder: Path, weights: WeightOptions) -> Callable[[Path | None], LoadedModel]:
+def loader(folder: Path, weights: WeightOptions, compute: str = "int8") -> Callable[[Path | None], LoadedModel]:
     """A function that loads a folder, with a cache or without."""
     from qtale.checkpoint.folder import open_folder
 
-    return lambda cache: LoadedModel(open_folder(folder), weights, LoadOptions(), cache, False)
+    return lambda cache: LoadedModel(open_folder(folder), weights, LoadOptions(compute), cache, False)
