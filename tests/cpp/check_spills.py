@@ -23,9 +23,11 @@ OBJECTS = (
     "decoder_avx512.cpp",
     "decoder_avx512_bf16.cpp",
     "kernels_amx.cpp",
+    "kernels_amx_int16.cpp",
     "kernels_avx2.cpp",
     "kernels_avx512.cpp",
     "kernels_avx512_bf16.cpp",
+    "kernels_avx512_int16.cpp",
     "solve_avx2.cpp",
     "solve_avx512.cpp",
 )

@@ -88,7 +88,7 @@ void add_float(const Weight& w, const Activations& x, std::int64_t m, std::int64
 }
 
 const cpu::MatmulKernel& kernel_of(const cpu::KernelTable& table, Compute mode) {
-  return mode == Compute::int8 ? table.int8 : mode == Compute::int16 ? table.int16 : table.floating;
+  return mode == Compute::int8 ? table.int8 : mode == Compute::int16 ? *table.int16 : table.floating;
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ const KernelTable& avx512_amx_table() {
     KernelTable same = avx512_bf16_table();
     same.name = "avx512_amx";
     same.int8 = avx512_amx_int8_table;
-    same.int16 = avx512_amx_int16_table;
+    same.int16 = &avx512_amx_int16_table;
     same.floating = avx512_table.floating;  // CPUs with AMX have slow vdpbf16ps
     same.bf16_project = &avx512_amx_project_table;
     same.bf16_gram = &avx512_amx_gram_table;

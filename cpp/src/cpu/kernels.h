@@ -157,7 +157,7 @@ struct KernelTable {
   void (*dequantize)(const DequantizeArgs&, std::int64_t begin, std::int64_t end);
   void (*fake_quantize)(const FakeQuantizeArgs&, std::int64_t begin, std::int64_t end);
   MatmulKernel int8;
-  MatmulKernel int16;
+  const MatmulKernel* int16;
   MatmulKernel floating;
   ProjectKernel project;
   const ProjectKernel* bf16_project;  // of Compute::bfloat16, in numbers by pairs; nullptr where the CPU has none
@@ -179,6 +179,7 @@ extern const KernelTable avx2_table;
 extern const KernelTable avx512_table;
 extern const MatmulKernel avx512_bf16_float_table;  // in place of the float one where the CPU has BF16, but no AMX
 extern const ProjectKernel avx512_bf16_project_table;
+extern const MatmulKernel avx512_int16_table;
 extern const MatmulKernel avx512_amx_int8_table;  // in place of these where the CPU has AMX
 extern const MatmulKernel avx512_amx_int16_table;
 extern const ProjectKernel avx512_amx_project_table;

@@ -9,6 +9,9 @@
 
 namespace qtale::cpu {
 
+constexpr MatmulKernel kInt16 = {acts_bytes<Compute::int16>, prepare_acts<Compute::int16>, run_rows<Compute::int16>,
+                                 kTile, 2 * kRowBlock};
+
 const KernelTable avx2_table = {
     "avx2",
     kRows,
@@ -16,7 +19,7 @@ const KernelTable avx2_table = {
     dequantize_rows,
     fake_quantize_rows,
     {acts_bytes<Compute::int8>, prepare_acts<Compute::int8>, run_rows<Compute::int8>, kTile, 2 * kRowBlock},
-    {acts_bytes<Compute::int16>, prepare_acts<Compute::int16>, run_rows<Compute::int16>, kTile, 2 * kRowBlock},
+    &kInt16,
     {acts_bytes<Compute::floating>, prepare_acts<Compute::floating>, run_rows<Compute::floating>, kTile, 2 * kRowBlock},
     projection::kernel<6, 2>,
     nullptr,

@@ -17,7 +17,7 @@ const KernelTable avx512_table = {
     dequantize_rows,
     fake_quantize_rows,
     {int8_rows_bytes<1>, prepare_int8_rows<1>, run_int8<1>, kMaxTile, 88 * kMaxTile},
-    {int8_rows_bytes<2>, prepare_int8_rows<2>, run_int8<2>, kMaxTile, 44 * kMaxTile},
+    &avx512_int16_table,
     {float_rows_bytes, prepare_float_positions, run_float, kFloatTile, 66 * kFloatTile},
     projection::kernel<12, 2>,
     nullptr,

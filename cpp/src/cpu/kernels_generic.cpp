@@ -9,6 +9,8 @@
 
 namespace qtale::cpu {
 
+constexpr MatmulKernel kInt16 = {int8_rows_bytes<2>, prepare_int8_rows<2>, run_int8<2>, 1, 264};
+
 const KernelTable generic_table = {
     "generic",
     kRows,
@@ -16,7 +18,7 @@ const KernelTable generic_table = {
     dequantize_rows,
     fake_quantize_rows,
     {int8_rows_bytes<1>, prepare_int8_rows<1>, run_int8<1>, 1, 264},
-    {int8_rows_bytes<2>, prepare_int8_rows<2>, run_int8<2>, 1, 264},
+    &kInt16,
     {float_bytes, prepare_float, run_float, 1, 264},
     projection::kernel<4, 1>,
     nullptr,

@@ -130,7 +130,7 @@ void run(const MatmulKernel& kernel, const Tasks& tasks, std::span<const MatmulA
 const MatmulKernel& kernel_for(const KernelTable& table, Compute compute) {
   switch (compute) {
     case Compute::int8: return table.int8;
-    case Compute::int16: return table.int16;
+    case Compute::int16: return *table.int16;
     default: return table.floating;
   }
 }

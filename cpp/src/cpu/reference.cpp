@@ -225,6 +225,8 @@ double jaccard(const std::int32_t* a, std::int64_t a_size, const std::int32_t* b
   return all == 0 ? 1.0 : static_cast<double>(common) / static_cast<double>(all);
 }
 
+constexpr MatmulKernel kInt16 = {no_workspace, no_prepare, matmul<dot_rounded<2>>, 1, 264};
+
 template <float (*Round)(float)>
 constexpr ProjectKernel project = {nothing_packed, no_pack, no_scratch, find<Round>, store_products<Round>, 1, 64, 1};
 
@@ -237,7 +239,7 @@ const KernelTable reference_table = {
     dequantize,
     fake_quantize,
     {no_workspace, no_prepare, matmul<dot_rounded<1>>, 1, 264},
-    {no_workspace, no_prepare, matmul<dot_rounded<2>>, 1, 264},
+    &kInt16,
     {no_workspace, no_prepare, matmul<dot_float>, 1, 264},
     project<as_it_is>,
     &project<as_bf16>,
