@@ -75,7 +75,7 @@ def score(options: argparse.Namespace, spec: QuantSpec | None, tasks: tuple[str,
             spec=spec,
             data=options.data,
             limit=options.limit,
-            perplexity_windows=options.windows,
+            perplexity_windows=options.windows or None,
         )
     )
     return outcome.results

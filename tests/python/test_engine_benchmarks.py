@@ -42,6 +42,24 @@ def test_scoring_stands_beside_lm_evals_own_model(folder: Path) -> None:
     assert "| engine dense |" in text
 
 
+def test_quality_is_measured_without_windows_of_perplexity(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quality.json"
+    given = [
+        f"--model={folder / 'model'}",
+        f"--data={folder / 'data'}",
+        "--tasks=arc_easy",
+        "--limit=2",
+        f"--json={out}",
+    ]
+    command = [sys.executable, str(BENCHMARKS / "quality.py"), *given, "--form=dense", "--form=W8 per channel"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["form"] for row in rows] == ["dense", "W8 per channel"]
+    assert all(0 <= row["arc_easy"]["acc"] <= 1 for row in rows)
+    assert "| W8 per channel |" in done.stdout
+
+
 def test_a_short_soak_changes_nothing(folder: Path) -> None:
     given = [f"--model={folder / 'model'}", "--minutes=0.03", "--tokens=8", "--threads=2"]
     result, text = run("soak.py", *given)
