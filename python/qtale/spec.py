@@ -15,6 +15,13 @@ DENSE_COMPUTE = ("float", "bfloat16")
 ENGINE_COMPUTE = (*COMPUTE, "bfloat16")
 
 
+def check_compute(what: str, compute: str) -> None:
+    """InputError of ``what`` where quantized layers do not multiply so."""
+    if compute not in COMPUTE:
+        known = ", ".join(map(repr, COMPUTE[:-1]))
+        raise InputError(f"{what}: compute {compute!r} is not a mode; use {known} or {COMPUTE[-1]!r}.")
+
+
 @dataclass(frozen=True)
 class ResolvedSpec:
     """A spec that fits one matrix: ``group_size`` divides in_features, or is 0 for one scale per output row."""

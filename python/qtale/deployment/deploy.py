@@ -27,7 +27,7 @@ from qtale.planner.options import Options
 from qtale.planner.plan import Plan
 from qtale.planner.problem import BudgetError
 from qtale.process import release, resident_bytes
-from qtale.spec import COMPUTE
+from qtale.spec import check_compute
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -259,8 +259,7 @@ def deploy(
     values and for a plan or scores of another model; CheckpointError and UnsupportedError for models that cannot run.
     """
     check_backend(backend)
-    if compute not in COMPUTE:
-        raise InputError(f"deploy: compute {compute!r} is not a mode; use 'int8', 'int16' or 'float'.")
+    check_compute("deploy", compute)
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.read(plan)
     if options is None:

@@ -15,7 +15,7 @@ from qtale.format.config import build_config
 from qtale.format.tensors import PackedModule, packed_modules, read_module
 from qtale.integrations.routing import attach_routing
 from qtale.routing import read_routing
-from qtale.spec import COMPUTE, QuantSpec
+from qtale.spec import QuantSpec, check_compute
 from qtale.tensors import FLOATS
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def load_torch(
     """
     if device != "cpu":
         raise UnsupportedError(f"load_torch: device {device!r} is not supported; this version computes on 'cpu'.")
-    if compute not in COMPUTE:
-        raise InputError(f"load_torch: compute {compute!r} is not a mode; use 'int8', 'int16' or 'float'.")
+    check_compute("load_torch", compute)
     folder = open_folder(path)
     packed = packed_modules(folder)
     if not packed:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qtale import _core, ops
 from qtale.errors import InputError, UnsupportedError
 from qtale.nn.packed import pack_weight, packed_shapes, unpack_weight
-from qtale.spec import COMPUTE, QuantSpec, ResolvedSpec
+from qtale.spec import QuantSpec, ResolvedSpec, check_compute
 from qtale.torch_ops import qmatmul
 
 
@@ -42,8 +42,7 @@ class QLinear(nn.Module):
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
-        if compute not in COMPUTE:
-            raise InputError(f"QLinear: compute {compute!r} is not a mode; use 'int8', 'int16' or 'float'.")
+        check_compute("QLinear", compute)
         self.in_features = in_features
         self.out_features = out_features
         self.spec = _resolve(spec, in_features)
