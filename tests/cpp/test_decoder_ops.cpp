@@ -255,6 +255,72 @@ TEST_CASE("log_softmax_at on every instruction set", "[decoder_ops]") {
   }
 }
 
+namespace {
+
+struct Scores {
+  std::vector<float> log_probs;
+  std::vector<std::uint8_t> greedy;
+};
+
+// What LogSoftmax finds in logits [rows, vocab] that come in pieces of `at_once` entries.
+Scores score_pieces(std::vector<float>& logits, std::int64_t vocab, std::int64_t at_once,
+                    std::vector<std::int32_t>& rows, std::vector<std::int32_t>& targets) {
+  const auto size = std::ssize(rows);
+  LogSoftmax softmax(TensorView::vector(rows.data(), DType::s32, size),
+                     TensorView::vector(targets.data(), DType::s32, size), vocab);
+  for (std::int64_t first = 0; first < vocab; first += at_once) {
+    TensorView piece = TensorView::matrix(logits.data(), DType::f32, std::ssize(logits) / vocab, vocab);
+    piece.data = logits.data() + first;
+    piece.shape[1] = std::min(at_once, vocab - first);
+    softmax.add(piece);
+  }
+  Scores found{std::vector<float>(rows.size()), std::vector<std::uint8_t>(rows.size())};
+  softmax.finish(TensorView::vector(found.log_probs.data(), DType::f32, size),
+                 TensorView::vector(found.greedy.data(), DType::u8, size));
+  return found;
+}
+
+}  // namespace
+
+TEST_CASE("log-softmax of logits in pieces is that of whole rows", "[decoder_ops]") {
+  constexpr std::int64_t kVocab = 300;
+  const float infinity = std::numeric_limits<float>::infinity();
+  Random random(41);
+  std::vector<float> logits(3 * kVocab);
+  for (float& value : logits) value = 8.0f * random.normal();
+  // Equal largest logits in one piece and in two, and a piece of no weight.
+  logits[20] = logits[22] = logits[250] = 90.0f;
+  std::fill_n(logits.begin() + kVocab, 130, -infinity);
+  std::vector<std::int32_t> rows = {0, 0, 0, 0, 1, 1, 2}, targets = {20, 22, 250, 7, 129, 131, 299};
+  const Scores whole = score_pieces(logits, kVocab, kVocab, rows, targets);
+  CHECK(whole.greedy[0] == 1);
+  CHECK(whole.log_probs[4] == -infinity);
+  for (const std::int64_t at_once : {1, 21, 64, 299}) {
+    CAPTURE(at_once);
+    const Scores found = score_pieces(logits, kVocab, at_once, rows, targets);
+    CHECK(found.greedy == whole.greedy);
+    for (std::size_t i = 0; i < rows.size(); ++i)
+      CHECK((found.log_probs[i] == whole.log_probs[i] || std::abs(found.log_probs[i] - whole.log_probs[i]) <=
+                                                             std::ldexp(1.0f + std::abs(whole.log_probs[i]), -20)));
+  }
+}
+
+TEST_CASE("pieces of logits that do not make up the vocabulary are refused", "[decoder_ops]") {
+  std::vector<std::int32_t> rows = {0}, targets = {2};
+  std::vector<float> logits(8);
+  LogSoftmax softmax(TensorView::vector(rows.data(), DType::s32, 1), TensorView::vector(targets.data(), DType::s32, 1),
+                     6);
+  softmax.add(TensorView::matrix(logits.data(), DType::f32, 1, 4));
+  std::vector<std::uint8_t> greedy(1);
+  CHECK(input_error_of([&] {
+          softmax.finish(TensorView::vector(logits.data(), DType::f32, 1),
+                         TensorView::vector(greedy.data(), DType::u8, 1));
+        }).find("logits of 4 entries came, but there are 6") != std::string::npos);
+  CHECK(input_error_of([&] {
+          softmax.add(TensorView::matrix(logits.data(), DType::f32, 1, 3));
+        }).find("logits of 3 entries come after 4 of 6") != std::string::npos);
+}
+
 TEST_CASE("of equal logits only the first is greedy", "[decoder_ops]") {
   std::vector<float> logits = {1.0f, 3.0f, 3.0f, 2.0f}, log_probs(4);
   std::vector<std::int32_t> rows(4), targets = {0, 1, 2, 3};

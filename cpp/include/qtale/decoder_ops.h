@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
+#include <vector>
 
 #include "qtale/ops.h"
 #include "qtale/tensor.h"
@@ -38,6 +40,28 @@ void silu_mul(const TensorView& gate_up, const TensorView& out);
 //   u8. |error| <= 2^-20 * (1 + |largest logit - target's|).
 void log_softmax_at(const TensorView& logits, const TensorView& rows, const TensorView& targets,
                     const TensorView& log_probs, const TensorView& greedy);
+
+// The logit of one target, and what was seen of its row.
+struct TargetLogit {
+  float value = 0.0F;
+  float top = -std::numeric_limits<float>::infinity();
+  double sum = 0.0;       // of e^(logit - top)
+  bool is_first = false;  // nothing before the target is as large
+};
+
+// log_softmax_at of logits that come in pieces of the vocabulary, in order; a piece may be forgotten once it was added.
+class LogSoftmax {
+ public:
+  LogSoftmax(const TensorView& rows, const TensorView& targets, std::int64_t vocab);
+  // logits [rows, n] f32 of the next n entries.
+  void add(const TensorView& logits);
+  void finish(const TensorView& log_probs, const TensorView& greedy) const;
+
+ private:
+  std::vector<std::int32_t> rows_, targets_;
+  std::vector<TargetLogit> state_;
+  std::int64_t vocab_, seen_ = 0;
+};
 
 // Routed execution takes the rows that execute a block out of the residual stream and puts what the block adds back.
 // out[i] = x[indices[i]] as f32;  x [rows, n] f32|f16|bf16, indices [count] s32, out [count, n] f32; rows may be apart.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu/isa.h"
 #include "qtale/parallel.h"
@@ -15,6 +16,18 @@ constexpr std::int64_t kGrain = 32768;
 
 std::int64_t rows_per_task(std::int64_t elements) {
   return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(1, elements));
+}
+
+// Infinite logits of no weight leave the sum alone: their distance from each other is no number.
+void add_part(const ExpSum& part, TargetLogit& to) {
+  if (part.top == -std::numeric_limits<float>::infinity()) return;
+  const double distance = static_cast<double>(part.top) - static_cast<double>(to.top);
+  if (distance > 0.0) {
+    to.sum = part.sum + to.sum * std::exp(-distance);
+    to.top = part.top;
+  } else {
+    to.sum += part.sum * std::exp(distance);
+  }
 }
 
 }  // namespace
@@ -37,18 +50,25 @@ void silu_mul(const SiluArgs& args, std::int64_t rows) {
                [&](std::int64_t begin, std::int64_t end) { table.silu_mul(args, begin, end); });
 }
 
-void log_softmax_at(const SoftmaxArgs& args, std::int64_t count) {
+void add_logits(const SoftmaxArgs& args, std::span<TargetLogit> state) {
   const DecoderKernels& table = *kernels().decoder;
-  parallel_for(count, rows_per_task(4 * args.vocab), [&](std::int64_t begin, std::int64_t end) {
-    ExpSum last{};
+  parallel_for(std::ssize(state), rows_per_task(4 * args.count), [&](std::int64_t begin, std::int64_t end) {
+    ExpSum part{};
+    const std::int32_t* row = nullptr;
     for (std::int64_t i = begin; i < end; ++i) {
-      const float* x = args.logits + args.rows[i] * args.stride;
+      const auto at = static_cast<std::size_t>(i);
+      const float* x = args.logits + args.rows[at] * args.stride;
       // Targets of one row are neighbours.
-      if (i == begin || args.rows[i] != args.rows[i - 1]) last = table.exp_sum(x, args.vocab);
-      const float value = x[args.targets[i]];
-      const double distance = static_cast<double>(value) - static_cast<double>(last.top);
-      args.log_probs[i] = static_cast<float>(distance - std::log(last.sum));
-      args.greedy[i] = value == last.top && std::find(x, x + args.targets[i], value) == x + args.targets[i];
+      if (row == nullptr || *row != args.rows[at]) part = table.exp_sum(x, args.count);
+      row = &args.rows[at];
+      TargetLogit& target = state[at];
+      const std::int64_t place = args.targets[at] - args.first;
+      if (place >= 0 && place < args.count) {
+        target.value = x[place];
+        target.is_first =
+            target.value == part.top && target.value > target.top && std::find(x, x + place, target.value) == x + place;
+      }
+      add_part(part, target);
     }
   });
 }

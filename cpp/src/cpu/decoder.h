@@ -56,14 +56,14 @@ struct ExpSum {
   double sum;
 };
 
+// Logits of entries [first, first + count).
 struct SoftmaxArgs {
   const float* logits;
   std::int64_t stride;
-  std::int64_t vocab;
-  const std::int32_t* rows;
-  const std::int32_t* targets;
-  float* log_probs;
-  std::uint8_t* greedy;
+  std::int64_t first;
+  std::int64_t count;
+  std::span<const std::int32_t> rows;
+  std::span<const std::int32_t> targets;
 };
 
 struct AppendArgs {
@@ -158,7 +158,7 @@ constexpr std::int32_t kKeyOffset = 128;  // added to codes of keys, which makes
 void rms_norm(const NormArgs& args, std::int64_t rows);
 void rope(const RopeArgs& args, std::int64_t rows);
 void silu_mul(const SiluArgs& args, std::int64_t rows);
-void log_softmax_at(const SoftmaxArgs& args, std::int64_t count);
+void add_logits(const SoftmaxArgs& args, std::span<TargetLogit> state);
 void kv_append(const AppendArgs& args);
 void attention(const AttentionArgs& args, std::span<const AttentionRun> runs, std::int64_t kv_heads);
 

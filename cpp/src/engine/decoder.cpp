@@ -22,7 +22,9 @@ using engine::Buffer;
 using engine::LayerCache;
 using engine::Sequence;
 
-constexpr std::int64_t kScoredRows = 64;  // logits kept at a time
+// Rows that are scored at once, with a packed head and without, and the logits that are kept of them: 4 MiB.
+constexpr std::int64_t kPackedRows = 64, kScoredRows = 512;
+constexpr std::int64_t kScoredLogits = 1 << 20, kLeastEntries = 1024;
 
 }  // namespace
 
@@ -61,8 +63,8 @@ class Decoder::Impl {
     return routers;
   }
 
-  static void score_some(const TensorView& logits, std::int64_t first, std::span<const std::int64_t> row_of,
-                         std::span<const std::int32_t> targets, std::span<Score> out);
+  void score_some(const TensorView& x, std::span<const std::int32_t> rows, std::span<const std::int32_t> targets,
+                  std::span<Score> out);
   std::vector<std::int64_t> enter(std::span<const Segment> segments);
   void check_tokens(const Segment& segment, std::int64_t start) const;
   TensorView run_layers(std::span<const Segment> segments, const Batch& batch, std::span<const std::int32_t> wanted,
@@ -196,33 +198,42 @@ std::vector<std::int32_t> Decoder::Impl::executed_rows(std::size_t index, const 
   return rows;
 }
 
-void Decoder::Impl::score_some(const TensorView& logits, std::int64_t first, std::span<const std::int64_t> row_of,
+// Rows whose logits are made in pieces of the vocabulary; a packed head has one piece, of fewer rows.
+void Decoder::Impl::score_some(const TensorView& x, std::span<const std::int32_t> rows,
                                std::span<const std::int32_t> targets, std::span<Score> out) {
-  std::vector<std::int32_t> rows;
-  for (const std::int64_t row : row_of) rows.push_back(static_cast<std::int32_t>(row - first));
+  const auto vector = [](std::span<const std::int32_t> values) {
+    return TensorView::vector(const_cast<std::int32_t*>(values.data()), DType::s32, std::ssize(values));
+  };
+  const std::int64_t at_once =
+      engine::is_packed(spec.head) ? spec.vocab_size : std::max(kLeastEntries, kScoredLogits / x.shape[0]);
+  LogSoftmax softmax(vector(rows), vector(targets), spec.vocab_size);
+  for (std::int64_t entry = 0; entry < spec.vocab_size; entry += at_once) {
+    const std::int64_t count = std::min(at_once, spec.vocab_size - entry);
+    const TensorView logits = workspace_.matrix(Buffer::gate_up, x.shape[0], count);
+    engine::multiply(x, engine::some_outputs(spec.head, entry, count), logits, spec.compute);
+    softmax.add(logits);
+  }
   std::vector<float> log_probs(rows.size());
   std::vector<std::uint8_t> greedy(rows.size());
   const auto size = std::ssize(rows);
-  log_softmax_at(logits, TensorView::vector(rows.data(), DType::s32, size),
-                 TensorView::vector(const_cast<std::int32_t*>(targets.data()), DType::s32, size),
-                 TensorView::vector(log_probs.data(), DType::f32, size),
+  softmax.finish(TensorView::vector(log_probs.data(), DType::f32, size),
                  TensorView::vector(greedy.data(), DType::u8, size));
   for (std::size_t i = 0; i < rows.size(); ++i) out[i] = {log_probs[i], greedy[i] != 0};
 }
 
 void Decoder::Impl::score_rows(const TensorView& x, std::span<const std::int64_t> row_of,
                                std::span<const std::int32_t> targets, std::span<Score> out) {
+  const std::int64_t at_once = engine::is_packed(spec.head) ? kPackedRows : kScoredRows;
+  std::vector<std::int32_t> rows;
   std::size_t done = 0;
-  for (std::int64_t row = 0; row < x.shape[0]; row += kScoredRows) {
-    const std::int64_t count = std::min(kScoredRows, x.shape[0] - row);
-    const TensorView logits = workspace_.matrix(Buffer::gate_up, count, spec.vocab_size);
+  for (std::int64_t row = 0; row < x.shape[0]; row += at_once) {
+    const std::int64_t count = std::min(at_once, x.shape[0] - row);
     const auto part = TensorView::matrix(x.as<float>() + row * x.strides[0], DType::f32, count, spec.hidden_size);
-    engine::multiply(part, spec.head, logits, spec.compute);
-    const std::size_t end =
-        static_cast<std::size_t>(std::lower_bound(row_of.begin(), row_of.end(), row + count) - row_of.begin());
-    score_some(logits, row, row_of.subspan(done, end - done), targets.subspan(done, end - done),
-               out.subspan(done, end - done));
-    done = end;
+    rows.clear();
+    for (std::size_t i = done; i < row_of.size() && row_of[i] < row + count; ++i)
+      rows.push_back(static_cast<std::int32_t>(row_of[i] - row));
+    score_some(part, rows, targets.subspan(done, rows.size()), out.subspan(done, rows.size()));
+    done += rows.size();
   }
 }
 

@@ -3,16 +3,18 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/text.h"
 #include "engine/workspace.h"
 #include "qtale/decoder_ops.h"
 
 namespace qtale::engine {
 namespace {
 
-bool is_packed(const Matrix& matrix) { return matrix.weight.dtype == DType::u8; }
 const TensorView* bias_of(const Matrix& matrix) { return matrix.bias ? &*matrix.bias : nullptr; }
 
 }  // namespace
+
+bool is_packed(const Matrix& matrix) { return matrix.weight.dtype == DType::u8; }
 
 bool is_packed(std::span<const Matrix> projection) {
   return std::all_of(projection.begin(), projection.end(), [](const Matrix& matrix) { return is_packed(matrix); });
@@ -30,6 +32,17 @@ std::int64_t out_features(const Projection& projection) {
   std::int64_t sum = 0;
   for (const Matrix& matrix : projection) sum += out_features(matrix);
   return sum;
+}
+
+Matrix some_outputs(const Matrix& matrix, std::int64_t first, std::int64_t count) {
+  if (count == out_features(matrix)) return matrix;
+  if (is_packed(matrix)) fail_input("some_outputs: a packed matrix has no parts; multiply by all of it.");
+  Matrix part = matrix;
+  const auto skipped = first * part.weight.strides[0] * size_of(part.weight.dtype);
+  part.weight.data = part.weight.as<std::byte>() + skipped;
+  part.weight.shape[0] = count;
+  if (part.bias) part.bias = TensorView::vector(part.bias->as<float>() + first, DType::f32, count);
+  return part;
 }
 
 void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Compute compute) {

@@ -8,10 +8,13 @@
 
 namespace qtale::engine {
 
+bool is_packed(const Matrix& matrix);
 bool is_packed(std::span<const Matrix> projection);  // all of its matrices
 std::int64_t out_features(const Matrix& matrix);
 std::int64_t out_features(const Projection& projection);
 std::int64_t in_features(const Matrix& matrix);
+// Outputs [first, first + count) of a matrix; of a packed one only all of them.
+Matrix some_outputs(const Matrix& matrix, std::int64_t first, std::int64_t count);
 
 // y [rows, out] = x [rows, in] times one matrix.
 void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Compute compute);
