@@ -20,6 +20,14 @@ namespace qtale {
 //   A row of y depends on its row of x alone, bit for bit, for any number of rows and threads.
 void matmul(const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView& y,
             Compute compute = Compute::floating);
+// The same for several weights that read one x, as queries, keys and values do: its rows are prepared once, and threads
+// meet once. The results have the bits of single calls.
+struct MatmulWeight {
+  TensorView weight;
+  const TensorView* bias;
+  TensorView y;
+};
+void matmul(const TensorView& x, std::span<const MatmulWeight> weights, Compute compute);
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, 2019).
 //   x and out [rows, n] or [rows, heads, n] f32, rows and heads may be apart; weight [n] f32; out may be x.

@@ -1,5 +1,6 @@
-// The product of x with a matrix that is not quantized, over all threads.
+// The products of x with matrices that are not quantized, over all threads.
 #include <algorithm>
+#include <span>
 
 #include "core/text.h"
 #include "cpu/backend.h"
@@ -26,6 +27,24 @@ const ProjectKernel& kernel_for(Compute compute, std::int64_t in_features) {
   return *table.bf16_project;
 }
 
+// Groups [begin, end) of all parts, which begin with a new group each.
+void store_groups(const ProjectKernel& kernel, ProjectArgs args, std::span<const MatmulPart> parts, std::int64_t row,
+                  std::int64_t begin, std::int64_t end) {
+  thread_local Scratch scratch;
+  std::byte* const memory = scratch.reserve(kernel.scratch_bytes(args.rows));
+  for (const MatmulPart& part : parts) {
+    const std::int64_t groups = ceil_div(part.entries, kernel.entry_group);
+    if (begin < groups && end > 0) {
+      const ProjectOut out{part.out.y + row * part.out.stride, part.out.stride, part.out.bias};
+      args.matrix = part.matrix;
+      kernel.store(args, std::max<std::int64_t>(0, begin) * kernel.entry_group,
+                   std::min(end * kernel.entry_group, part.entries), memory, out);
+    }
+    begin -= groups;
+    end -= groups;
+  }
+}
+
 }  // namespace
 
 std::int64_t rows_per_pass(const ProjectKernel& kernel, std::int64_t rows) {
@@ -41,23 +60,24 @@ void pack_rows(const ProjectKernel& kernel, const ProjectArgs& args) {
   });
 }
 
-void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
-            const ProjectOut& out, Compute compute) {
+void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, std::span<const MatmulPart> parts,
+            Compute compute) {
   const ProjectKernel& kernel = kernel_for(compute, depth);
   const std::int64_t block = rows_per_pass(kernel, rows), group = kernel.entry_group;
+  std::int64_t groups = 0;
+  for (const MatmulPart& part : parts) groups += ceil_div(part.entries, group);
   thread_local Scratch packed;
   for (std::int64_t row = 0; row < rows; row += block) {
     const std::int64_t count = std::min(block, rows - row);
-    const RowsIn part{static_cast<const float*>(x.data) + row * x.stride, x.dtype, x.stride};
-    const ProjectArgs args{part, count, depth, packed.reserve(kernel.packed_bytes(count, depth)), matrix};
-    const ProjectOut to{out.y + row * out.stride, out.stride, out.bias};
+    ProjectArgs args{{static_cast<const float*>(x.data) + row * x.stride, x.dtype, x.stride},
+                     count,
+                     depth,
+                     packed.reserve(kernel.packed_bytes(count, depth)),
+                     {}};
     pack_rows(kernel, args);
     const std::int64_t work = std::max<std::int64_t>(1, group * count * depth);
-    parallel_for(ceil_div(entries, group), ceil_div(kRunGrain, work), [&](std::int64_t begin, std::int64_t end) {
-      thread_local Scratch scratch;
-      kernel.store(args, begin * group, std::min(end * group, entries), scratch.reserve(kernel.scratch_bytes(count)),
-                   to);
-    });
+    parallel_for(groups, ceil_div(kRunGrain, work),
+                 [&](std::int64_t begin, std::int64_t end) { store_groups(kernel, args, parts, row, begin, end); });
   }
 }
 

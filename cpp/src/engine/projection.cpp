@@ -54,6 +54,7 @@ void multiply(const TensorView& x, const Projection& projection, const TensorVie
               std::span<const Matrix> next, std::int64_t first) {
   std::int64_t column = 0;
   std::vector<QmatmulWeight> packed;
+  std::vector<MatmulWeight> dense;
   for (const Matrix& matrix : projection) {
     const std::int64_t count = out_features(matrix);
     const TensorView part = columns(y, column, count);
@@ -62,9 +63,10 @@ void multiply(const TensorView& x, const Projection& projection, const TensorVie
     if (is_packed(matrix)) {
       packed.push_back({matrix.weight, bias_of(matrix), part});
     } else {
-      matmul(x, matrix.weight, bias_of(matrix), part, compute);
+      dense.push_back({matrix.weight, bias_of(matrix), part});
     }
   }
+  if (!dense.empty()) matmul(x, dense, compute);
   std::vector<TensorView> following;
   if (is_packed(next))
     for (const Matrix& matrix : next) following.push_back(matrix.weight);
