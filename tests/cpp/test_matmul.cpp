@@ -178,7 +178,7 @@ TEST_CASE("matmul: NaN and infinity reach their own products only") {
   Random random(95);
   for (const std::string& isa : cpu_isas()) {
     const IsaScope scope(isa);
-    for (const std::int64_t rows : {2, 30}) {
+    for (const std::int64_t rows : {2, 30, 70}) {
       const Case c{rows, 50, 40};
       Floats x(DType::f32, rows * 50), weight(DType::bf16, 40 * 50);
       for (std::int64_t i = 0; i < x.size(); ++i) x.set(i, random.uniform(1.0f, 2.0f));
@@ -204,6 +204,82 @@ TEST_CASE("matmul: NaN and infinity reach their own products only") {
       }
     }
   }
+}
+
+TEST_CASE("matmul: many deep rows have the bits of few") {
+  Random random(96);
+  const Case all{300, 1400, 300};
+  const Floats x = normal_floats(random, DType::f32, all.rows * all.in);
+  for (const DType dtype : kFloatTypes) {
+    const Floats weight = normal_floats(random, dtype, all.out * all.in);
+    for (const std::string& isa : cpu_isas()) {
+      if (isa == "reference") continue;
+      const IsaScope scope(isa);
+      for (const Compute way : ways(all.in)) {
+        const Floats together = multiply(x, weight, nullptr, all, way);
+        Floats some(DType::f32, 20 * all.in);
+        for (std::int64_t i = 0; i < some.size(); ++i) some.set(i, x.get(270 * all.in + i));
+        const Floats few = multiply(some, weight, nullptr, {20, all.in, all.out}, way);
+        std::int64_t wrong = 0;
+        for (std::int64_t i = 0; i < few.size(); ++i) wrong += few.bits(i) != together.bits(270 * all.out + i);
+        INFO(isa << " " << name_of(way) << " " << name_of(dtype));
+        CHECK(wrong == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("matmul: several matrices at once have the bits of single calls") {
+  Random random(97);
+  for (const std::int64_t rows : {1, 20, 70}) {
+    const Floats x = normal_floats(random, DType::f32, rows * 96), bias = normal_floats(random, DType::f32, 40);
+    const Floats first = normal_floats(random, DType::bf16, 100 * 96),
+                 second = normal_floats(random, DType::f16, 40 * 96);
+    const TensorView bias_view = bias.vector();
+    for (const std::string& isa : cpu_isas()) {
+      const IsaScope scope(isa);
+      for (const Compute way : ways(96)) {
+        Floats a(DType::f32, rows * 100), b(DType::f32, rows * 40);
+        const MatmulWeight weights[] = {{first.matrix(100, 96), nullptr, a.matrix(rows, 100)},
+                                        {second.matrix(40, 96), &bias_view, b.matrix(rows, 40)}};
+        matmul(x.matrix(rows, 96), weights, way);
+        CHECK(first_difference(a, multiply(x, first, nullptr, {rows, 96, 100}, way)) == -1);
+        CHECK(first_difference(b, multiply(x, second, &bias, {rows, 96, 40}, way)) == -1);
+      }
+    }
+  }
+}
+
+TEST_CASE("gated_matmul: has the bits of silu_mul of both products, or does nothing") {
+  Random random(98);
+  for (const Case& c : {Case{5, 64, 40}, {33, 64, 16}, {64, 130, 97}, {100, 576, 40}, {300, 1400, 150}}) {
+    const Floats x = normal_floats(random, DType::f32, c.rows * c.in);
+    for (const DType dtype : kFloatTypes) {
+      const Floats both = normal_floats(random, dtype, 2 * c.out * c.in);
+      TensorView gate = both.matrix(2 * c.out, c.in), up = gate;
+      gate.shape[0] = up.shape[0] = c.out;
+      up.data = static_cast<std::byte*>(up.data) + c.out * c.in * size_of(dtype);
+      for (const std::string& isa : cpu_isas()) {
+        if (isa == "reference") continue;
+        const IsaScope scope(isa);
+        for (const Compute way : ways(c.in)) {
+          Floats y(DType::f32, c.rows * c.out), expected(DType::f32, c.rows * c.out);
+          const bool done = gated_matmul(x.matrix(c.rows, c.in), gate, up, y.matrix(c.rows, c.out), way);
+          INFO(isa << " " << name_of(way) << " " << name_of(dtype) << " " << c.rows << " rows");
+          CHECK(done == (isa == "avx512_amx" && way == Compute::bfloat16 && c.rows > 32));
+          if (done) {
+            const Floats products = multiply(x, both, nullptr, {c.rows, c.in, 2 * c.out}, way);
+            silu_mul(products.matrix(c.rows, 2 * c.out), expected.matrix(c.rows, c.out));
+          }
+          CHECK(first_difference(expected, y) == -1);
+        }
+      }
+    }
+  }
+  const Floats x(DType::f32, 8), gate(DType::bf16, 8), up(DType::f16, 8), y(DType::f32, 4);
+  CHECK(input_error_of([&] {
+          gated_matmul(x.matrix(2, 4), gate.matrix(2, 4), up.matrix(2, 4), y.matrix(2, 2), Compute::floating);
+        }).find("use one dtype") != std::string::npos);
 }
 
 TEST_CASE("matmul: bfloat16 is refused where it cannot be had") {

@@ -28,6 +28,11 @@ struct MatmulWeight {
   TensorView y;
 };
 void matmul(const TensorView& x, std::span<const MatmulWeight> weights, Compute compute);
+// silu_mul of both products, whose bits it has, without storing them, where the CPU's kernels have that for so many
+// rows; false and nothing done where not.
+//   gate and up [out, in] f32|f16|bf16 of one dtype, y [m, out] f32.
+bool gated_matmul(const TensorView& x, const TensorView& gate, const TensorView& up, const TensorView& y,
+                  Compute compute);
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, 2019).
 //   x and out [rows, n] or [rows, heads, n] f32, rows and heads may be apart; weight [n] f32; out may be x.

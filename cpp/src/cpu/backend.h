@@ -42,7 +42,9 @@ struct MatmulPart {
   RowsIn matrix;
   std::int64_t entries;
   ProjectOut out;
+  RowsIn up{};  // see ProjectArgs; where gates() says so
 };
+bool gates(Compute compute, std::int64_t rows);
 // Throws InputError where the kernels in use lack the mode.
 void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, std::span<const MatmulPart> parts, Compute compute);
 void compact_rows(const CompactArgs& args, std::int64_t count);

@@ -74,11 +74,6 @@ void rope_rows(const RopeArgs& a, std::int64_t begin, std::int64_t end) {
   }
 }
 
-inline VecF silu(VecF x) {
-  const VecF e = exp_down(negated_abs(x)), one = set1(1.0f);
-  return mul(x, div(where_negative(x, e, one), add(one, e)));
-}
-
 void silu_mul_rows(const SiluArgs& a, std::int64_t begin, std::int64_t end) {
   for (std::int64_t r = begin; r < end; ++r) {
     const float* gate = a.gate_up + r * a.in_stride;

@@ -1,4 +1,5 @@
-// Powers of numbers that are not positive, all that softmax and sigmoid need, over the Vec of the including file.
+// Powers of numbers that are not positive, all that softmax and sigmoid need, and silu, over the Vec of the including
+// file.
 #pragma once
 
 namespace qtale::cpu {
@@ -29,6 +30,11 @@ inline VecF exp_down(VecF x) {
   const VecF whole = sub(biased, set1(kBias));
   const VecF rest = multiply_add(whole, set1(-1.42860682e-6f), multiply_add(whole, set1(-0.693145752f), x));
   return scale_down(exp2_fraction(mul(rest, set1(1.44269504f))), biased, power);
+}
+
+inline VecF silu(VecF x) {
+  const VecF e = exp_down(negated_abs(x)), one = set1(1.0f);
+  return mul(x, div(where_negative(x, e, one), add(one, e)));
 }
 
 }  // namespace

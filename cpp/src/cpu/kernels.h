@@ -89,6 +89,7 @@ struct ProjectArgs {
   std::int64_t depth;  // of both
   std::byte* packed;   // x as the kernel's own pack step left it; 64-byte aligned
   RowsIn matrix;
+  RowsIn up{};  // where it has data, silu(x matrix) * (x up) is stored
 };
 
 struct Candidates;  // cpu/topk.h
@@ -110,6 +111,7 @@ struct ProjectKernel {
   std::int64_t row_tile;
   std::int64_t entry_tile;   // entries that share one pass over x
   std::int64_t entry_group;  // entries that are multiplied at once
+  bool gates = false;        // whether store takes `up`, for more rows than row_tile
 };
 
 // Rows [rows, size] that routed execution moves; `indices` are checked.

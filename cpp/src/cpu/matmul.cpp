@@ -37,6 +37,7 @@ void store_groups(const ProjectKernel& kernel, ProjectArgs args, std::span<const
     if (begin < groups && end > 0) {
       const ProjectOut out{part.out.y + row * part.out.stride, part.out.stride, part.out.bias};
       args.matrix = part.matrix;
+      args.up = part.up;
       kernel.store(args, std::max<std::int64_t>(0, begin) * kernel.entry_group,
                    std::min(end * kernel.entry_group, part.entries), memory, out);
     }
@@ -58,6 +59,12 @@ void pack_rows(const ProjectKernel& kernel, const ProjectArgs& args) {
   parallel_for(ceil_div(args.rows, tile), grain, [&](std::int64_t begin, std::int64_t end) {
     kernel.pack(args, begin * tile, std::min(end * tile, args.rows));
   });
+}
+
+bool gates(Compute compute, std::int64_t rows) {
+  const KernelTable& table = kernels();
+  return compute == Compute::bfloat16 && table.bf16_project != nullptr && table.bf16_project->gates &&
+         rows > table.bf16_project->row_tile;
 }
 
 void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, std::span<const MatmulPart> parts,

@@ -57,7 +57,7 @@ class FewRowTiles {
   };
 
   void run_group(std::int64_t entry, std::int64_t apart, std::int64_t count) const {
-    const Entries entries{entry_at<E>(a_, entry, 0), apart * a_.matrix.stride, count};
+    const Entries entries{entry_at<E>(a_.matrix, entry, 0), apart * a_.matrix.stride, count};
     x_.tiles == 2 ? multiply<2>(entries) : multiply<1>(entries);
     for (std::int64_t e = 0; e < count; ++e)
       for (std::int64_t r = 0; r < a_.rows; ++r) sink_.one(r, entry + e * apart, sums_[e * kPanelRows + r]);
@@ -132,8 +132,8 @@ inline void store_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t e
 }
 
 constexpr ProjectKernel amx_kernel = {
-    amx_packed_bytes, pack_tiles,   ManyRowTiles<Bf16>::scratch_bytes, nullptr, store_tiles, kPanelRows,
-    kTileEntries,     kTileEntries,
+    amx_packed_bytes, pack_tiles, ManyRowTiles<Bf16>::scratch_bytes, nullptr, store_tiles, kPanelRows, kTileEntries,
+    kTileEntries,     true,
 };
 
 }  // namespace

@@ -101,8 +101,8 @@ inline void pack_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t en
 }
 
 template <class E>
-const typename E::T* entry_at(const ProjectArgs& a, std::int64_t entry, std::int64_t step) {
-  return static_cast<const typename E::T*>(a.matrix.data) + entry * a.matrix.stride + step * kLineNumbers;
+const typename E::T* entry_at(const RowsIn& matrix, std::int64_t entry, std::int64_t step) {
+  return static_cast<const typename E::T*>(matrix.data) + entry * matrix.stride + step * kLineNumbers;
 }
 
 }  // namespace

@@ -149,10 +149,12 @@ class Block {
 
   void feed_forward() {
     const TensorView x = normed(in_.wanted, in_.layer.post_norm);
-    const TensorView gate_up = memory_.matrix(Buffer::gate_up, x.shape[0], 2 * spec_.intermediate_size);
-    multiply(x, in_.layer.gate_up, gate_up, spec_.compute, in_.layer.down);
     const TensorView activated = memory_.matrix(Buffer::activated, x.shape[0], spec_.intermediate_size);
-    silu_mul(gate_up, activated);
+    if (!multiply_gated(x, in_.layer.gate_up, activated, spec_.compute)) {
+      const TensorView gate_up = memory_.matrix(Buffer::gate_up, x.shape[0], 2 * spec_.intermediate_size);
+      multiply(x, in_.layer.gate_up, gate_up, spec_.compute, in_.layer.down);
+      silu_mul(gate_up, activated);
+    }
     add(activated, in_.layer.down, in_.next);
   }
 

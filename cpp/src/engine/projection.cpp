@@ -73,4 +73,11 @@ void multiply(const TensorView& x, const Projection& projection, const TensorVie
   if (!packed.empty()) qmatmul(x, packed, compute, following);
 }
 
+bool multiply_gated(const TensorView& x, const Projection& gate_up, const TensorView& y, Compute compute) {
+  if (gate_up.size() != 2 || is_packed(gate_up[0]) || is_packed(gate_up[1]) || gate_up[0].bias || gate_up[1].bias ||
+      gate_up[0].weight.dtype != gate_up[1].weight.dtype)
+    return false;
+  return gated_matmul(x, gate_up[0].weight, gate_up[1].weight, y, compute);
+}
+
 }  // namespace qtale::engine

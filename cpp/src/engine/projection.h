@@ -23,4 +23,7 @@ void multiply(const TensorView& x, const Matrix& matrix, const TensorView& y, Co
 void multiply(const TensorView& x, const Projection& projection, const TensorView& y, Compute compute,
               std::span<const Matrix> next, std::int64_t first = 0);
 
+// silu_mul of both products of a gate and what it gates, at once; false and nothing done where there is no such kernel.
+bool multiply_gated(const TensorView& x, const Projection& gate_up, const TensorView& y, Compute compute);
+
 }  // namespace qtale::engine

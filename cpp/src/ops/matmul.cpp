@@ -44,4 +44,17 @@ void matmul(const TensorView& x, const TensorView& weight, const TensorView* bia
   matmul(x, {&one, 1}, compute);
 }
 
+bool gated_matmul(const TensorView& x, const TensorView& gate, const TensorView& up, const TensorView& y,
+                  Compute compute) {
+  ops::check_matrix(kOp, "x", x, DType::f32);
+  cpu::MatmulPart part = checked(x, {gate, nullptr, y});
+  part.up = checked(x, {up, nullptr, y}).matrix;
+  if (gate.dtype != up.dtype)
+    fail_input("matmul: the gate is {}, but what it gates is {}; use one dtype.", name_of(gate.dtype),
+               name_of(up.dtype));
+  if (!cpu::gates(compute, x.shape[0])) return false;
+  cpu::matmul({x.data, x.dtype, x.strides[0]}, x.shape[0], x.shape[1], {&part, 1}, compute);
+  return true;
+}
+
 }  // namespace qtale
