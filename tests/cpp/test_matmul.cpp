@@ -229,27 +229,6 @@ TEST_CASE("matmul: many deep rows have the bits of few") {
   }
 }
 
-TEST_CASE("matmul: several matrices at once have the bits of single calls") {
-  Random random(97);
-  for (const std::int64_t rows : {1, 20, 70}) {
-    const Floats x = normal_floats(random, DType::f32, rows * 96), bias = normal_floats(random, DType::f32, 40);
-    const Floats first = normal_floats(random, DType::bf16, 100 * 96),
-                 second = normal_floats(random, DType::f16, 40 * 96);
-    const TensorView bias_view = bias.vector();
-    for (const std::string& isa : cpu_isas()) {
-      const IsaScope scope(isa);
-      for (const Compute way : ways(96)) {
-        Floats a(DType::f32, rows * 100), b(DType::f32, rows * 40);
-        const MatmulWeight weights[] = {{first.matrix(100, 96), nullptr, a.matrix(rows, 100)},
-                                        {second.matrix(40, 96), &bias_view, b.matrix(rows, 40)}};
-        matmul(x.matrix(rows, 96), weights, way);
-        CHECK(first_difference(a, multiply(x, first, nullptr, {rows, 96, 100}, way)) == -1);
-        CHECK(first_difference(b, multiply(x, second, &bias, {rows, 96, 40}, way)) == -1);
-      }
-    }
-  }
-}
-
 TEST_CASE("gated_matmul: has the bits of silu_mul of both products, or does nothing") {
   Random random(98);
   for (const Case& c : {Case{5, 64, 40}, {33, 64, 16}, {64, 130, 97}, {100, 576, 40}, {300, 1400, 150}}) {

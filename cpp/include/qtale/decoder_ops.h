@@ -20,14 +20,6 @@ namespace qtale {
 //   A row of y depends on its row of x alone, bit for bit, for any number of rows and threads.
 void matmul(const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView& y,
             Compute compute = Compute::floating);
-// The same for several weights that read one x, as queries, keys and values do: its rows are prepared once, and threads
-// meet once. The results have the bits of single calls.
-struct MatmulWeight {
-  TensorView weight;
-  const TensorView* bias;
-  TensorView y;
-};
-void matmul(const TensorView& x, std::span<const MatmulWeight> weights, Compute compute);
 // silu_mul of both products, whose bits it has, without storing them, where the CPU's kernels have that for so many
 // rows; false and nothing done where not.
 //   gate and up [out, in] f32|f16|bf16 of one dtype, y [m, out] f32.

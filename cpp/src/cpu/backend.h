@@ -37,16 +37,19 @@ void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn
 // values and indices [rows, k]; throws InputError naming the first row whose products hold NaN.
 void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
                   std::int64_t k, float* values, std::int32_t* indices);
-// One of the matrices that read one x: its out is [rows, entries].
-struct MatmulPart {
+// out [rows, entries] = x [rows, depth] times a matrix; see ProjectArgs for `up`, which takes what gates() says.
+struct DenseProduct {
+  RowsIn x;
+  std::int64_t rows;
+  std::int64_t depth;
   RowsIn matrix;
+  RowsIn up;
   std::int64_t entries;
   ProjectOut out;
-  RowsIn up{};  // see ProjectArgs; where gates() says so
 };
 bool gates(Compute compute, std::int64_t rows);
 // Throws InputError where the kernels in use lack the mode.
-void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, std::span<const MatmulPart> parts, Compute compute);
+void matmul(const DenseProduct& product, Compute compute);
 void compact_rows(const CompactArgs& args, std::int64_t count);
 void scatter_add_rows(const ScatterArgs& args, std::int64_t count);
 // a [rows, a_size] and b [rows, b_size] with contiguous rows.

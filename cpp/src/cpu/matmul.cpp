@@ -1,6 +1,5 @@
-// The products of x with matrices that are not quantized, over all threads.
+// The product of x with a matrix that is not quantized, over all threads.
 #include <algorithm>
-#include <span>
 
 #include "core/text.h"
 #include "cpu/backend.h"
@@ -27,25 +26,6 @@ const ProjectKernel& kernel_for(Compute compute, std::int64_t in_features) {
   return *table.bf16_project;
 }
 
-// Groups [begin, end) of all parts, which begin with a new group each.
-void store_groups(const ProjectKernel& kernel, ProjectArgs args, std::span<const MatmulPart> parts, std::int64_t row,
-                  std::int64_t begin, std::int64_t end) {
-  thread_local Scratch scratch;
-  std::byte* const memory = scratch.reserve(kernel.scratch_bytes(args.rows));
-  for (const MatmulPart& part : parts) {
-    const std::int64_t groups = ceil_div(part.entries, kernel.entry_group);
-    if (begin < groups && end > 0) {
-      const ProjectOut out{part.out.y + row * part.out.stride, part.out.stride, part.out.bias};
-      args.matrix = part.matrix;
-      args.up = part.up;
-      kernel.store(args, std::max<std::int64_t>(0, begin) * kernel.entry_group,
-                   std::min(end * kernel.entry_group, part.entries), memory, out);
-    }
-    begin -= groups;
-    end -= groups;
-  }
-}
-
 }  // namespace
 
 std::int64_t rows_per_pass(const ProjectKernel& kernel, std::int64_t rows) {
@@ -67,24 +47,22 @@ bool gates(Compute compute, std::int64_t rows) {
          rows > table.bf16_project->row_tile;
 }
 
-void matmul(const RowsIn& x, std::int64_t rows, std::int64_t depth, std::span<const MatmulPart> parts,
-            Compute compute) {
-  const ProjectKernel& kernel = kernel_for(compute, depth);
-  const std::int64_t block = rows_per_pass(kernel, rows), group = kernel.entry_group;
-  std::int64_t groups = 0;
-  for (const MatmulPart& part : parts) groups += ceil_div(part.entries, group);
+void matmul(const DenseProduct& p, Compute compute) {
+  const ProjectKernel& kernel = kernel_for(compute, p.depth);
+  const std::int64_t block = rows_per_pass(kernel, p.rows), group = kernel.entry_group;
   thread_local Scratch packed;
-  for (std::int64_t row = 0; row < rows; row += block) {
-    const std::int64_t count = std::min(block, rows - row);
-    ProjectArgs args{{static_cast<const float*>(x.data) + row * x.stride, x.dtype, x.stride},
-                     count,
-                     depth,
-                     packed.reserve(kernel.packed_bytes(count, depth)),
-                     {}};
+  for (std::int64_t row = 0; row < p.rows; row += block) {
+    const std::int64_t count = std::min(block, p.rows - row);
+    const RowsIn x{static_cast<const float*>(p.x.data) + row * p.x.stride, p.x.dtype, p.x.stride};
+    const ProjectArgs args{x, count, p.depth, packed.reserve(kernel.packed_bytes(count, p.depth)), p.matrix, p.up};
+    const ProjectOut to{p.out.y + row * p.out.stride, p.out.stride, p.out.bias};
     pack_rows(kernel, args);
-    const std::int64_t work = std::max<std::int64_t>(1, group * count * depth);
-    parallel_for(groups, ceil_div(kRunGrain, work),
-                 [&](std::int64_t begin, std::int64_t end) { store_groups(kernel, args, parts, row, begin, end); });
+    const std::int64_t work = std::max<std::int64_t>(1, group * count * p.depth);
+    parallel_for(ceil_div(p.entries, group), ceil_div(kRunGrain, work), [&](std::int64_t begin, std::int64_t end) {
+      thread_local Scratch scratch;
+      kernel.store(args, begin * group, std::min(end * group, p.entries), scratch.reserve(kernel.scratch_bytes(count)),
+                   to);
+    });
   }
 }
 

@@ -54,7 +54,6 @@ void multiply(const TensorView& x, const Projection& projection, const TensorVie
               std::span<const Matrix> next, std::int64_t first) {
   std::int64_t column = 0;
   std::vector<QmatmulWeight> packed;
-  std::vector<MatmulWeight> dense;
   for (const Matrix& matrix : projection) {
     const std::int64_t count = out_features(matrix);
     const TensorView part = columns(y, column, count);
@@ -63,10 +62,9 @@ void multiply(const TensorView& x, const Projection& projection, const TensorVie
     if (is_packed(matrix)) {
       packed.push_back({matrix.weight, bias_of(matrix), part});
     } else {
-      dense.push_back({matrix.weight, bias_of(matrix), part});
+      matmul(x, matrix.weight, bias_of(matrix), part, compute);
     }
   }
-  if (!dense.empty()) matmul(x, dense, compute);
   std::vector<TensorView> following;
   if (is_packed(next))
     for (const Matrix& matrix : next) following.push_back(matrix.weight);
@@ -74,10 +72,11 @@ void multiply(const TensorView& x, const Projection& projection, const TensorVie
 }
 
 bool multiply_gated(const TensorView& x, const Projection& gate_up, const TensorView& y, Compute compute) {
-  if (gate_up.size() != 2 || is_packed(gate_up[0]) || is_packed(gate_up[1]) || gate_up[0].bias || gate_up[1].bias ||
-      gate_up[0].weight.dtype != gate_up[1].weight.dtype)
+  const std::int64_t count = y.shape[1];
+  if (gate_up.size() != 1 || is_packed(gate_up[0]) || gate_up[0].bias || out_features(gate_up[0]) != 2 * count)
     return false;
-  return gated_matmul(x, gate_up[0].weight, gate_up[1].weight, y, compute);
+  const Matrix gate = some_outputs(gate_up[0], 0, count), up = some_outputs(gate_up[0], count, count);
+  return gated_matmul(x, gate.weight, up.weight, y, compute);
 }
 
 }  // namespace qtale::engine
