@@ -45,7 +45,8 @@ class WeightChange:
 
         Raises as :func:`plan_layout` does, and Error where the system has no memory for all of it.
         """
-        layout, old = plan_layout(folder, self._model.spec, WeightOptions(specs=specs)), self._model.layout
+        old, compute = self._model.layout, self._model.options.compute
+        layout = plan_layout(folder, self._model.spec, WeightOptions(specs=specs), compute)
         growth = {
             name: region.nbytes - old.regions[name].nbytes
             for name, region in layout.regions.items()

@@ -52,21 +52,22 @@ class WeightOptions:
         return chosen.resolve(module, cols) if chosen else None
 
 
-def plan_layout(folder: ModelFolder, spec: DecoderSpec, options: WeightOptions) -> Layout:
+def plan_layout(folder: ModelFolder, spec: DecoderSpec, options: WeightOptions, compute: str = "int8") -> Layout:
     """The layout of a folder's weights for the kernels of this CPU.
 
+    Matrices that stay floats are kept in bfloat16 where ``compute`` multiplies such numbers, but for an embedding.
     Raises CheckpointError where tensors are missing or do not fit config.json, InputError for options that do not fit
     the model, UnsupportedError for tensors of kinds that the engine does not read.
     """
-    planner = _Planner(folder, spec, options)
+    planner = _Planner(folder, spec, options, compute)
     planner.plan()
     planner.check_rest()
     return planner.layout
 
 
 class _Planner:
-    def __init__(self, folder: ModelFolder, spec: DecoderSpec, options: WeightOptions) -> None:
-        self.folder, self.spec, self.options = folder, spec, options
+    def __init__(self, folder: ModelFolder, spec: DecoderSpec, options: WeightOptions, compute: str) -> None:
+        self.folder, self.spec, self.options, self.compute = folder, spec, options, compute
         self.packed = packed_modules(folder)
         self.layout = Layout(spec)
         self.used: set[str] = set()
@@ -133,8 +134,9 @@ class _Planner:
             raise CheckpointError(
                 f"{self.folder.path}: {module} has shape {list(found)} where config.json needs [{rows}, {cols}]."
             )
-        spec = packed.spec if packed else quantize
-        return Source(module, rows, cols, STORED_FLOATS[dtype], spec, packed, nbytes)
+        spec, stored = packed.spec if packed else quantize, STORED_FLOATS[dtype]
+        rounds = self.compute == "bfloat16" and spec is None and module != EMBEDDING
+        return Source(module, rows, cols, "bfloat16" if rounds else stored, spec, packed, nbytes, stored)
 
     def _tensor(self, name: str) -> TensorInfo:
         self.used.add(name)
@@ -183,7 +185,7 @@ class _Planner:
     def _matrices(self, region: str, block: str, sources: Sequence[Source]) -> None:
         first, rows = sources[0], sum(source.rows for source in sources)
         if first.spec is None:
-            nbytes = sum(source.nbytes for source in sources)
+            nbytes = sum(source.dense_nbytes for source in sources)
         else:
             groups = first.spec.groups(first.cols)
             nbytes = _core.prepacked_bytes(

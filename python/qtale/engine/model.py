@@ -95,7 +95,7 @@ class LoadedModel:
         _check_keys(options.kv_dtype, self.spec.head_dim)
         found = read_routing(folder.path, self.spec.num_layers, self.spec.hidden_size)
         self.routing: Routing = found or Routing()
-        self.layout: Layout = plan_layout(folder, self.spec, weights)
+        self.layout: Layout = plan_layout(folder, self.spec, weights, options.compute)
         self.options = options
         self.context = options.context or self.spec.positions
         if self.context > self.spec.positions and not self.spec.rope.dynamic_length:

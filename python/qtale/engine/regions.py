@@ -15,7 +15,10 @@ FIXED = "fixed"
 
 @dataclass(frozen=True)
 class Source:
-    """A matrix on disk: ``spec`` says how it is, or is to be, quantized; ``dtype`` is of its scales, or its own."""
+    """A matrix on disk: ``spec`` says how it is, or is to be, quantized; ``dtype`` is of its scales, or its own.
+
+    ``nbytes`` are those of its tensors. Without a spec ``stored`` is their dtype, and ``dtype`` what it is kept in.
+    """
 
     module: str
     rows: int
@@ -24,6 +27,17 @@ class Source:
     spec: ResolvedSpec | None
     packed: PackedModule | None
     nbytes: int
+    stored: str
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether reading rounds it to another float type."""
+        return self.spec is None and self.dtype != self.stored
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes in memory without a spec."""
+        return self.rows * self.cols * 2 if self.is_rounded else self.nbytes
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -134,7 +148,9 @@ class Layout:
 
 
 def _workspace(block: Block) -> int:
-    if not block.sources or block.sources[0].spec is None:
+    if not block.sources:
         return 0
+    if block.sources[0].spec is None:
+        return max(source.nbytes if source.is_rounded else 0 for source in block.sources)
     largest = max(source.nbytes for source in block.sources)
     return block.rows * (block.cols + 5 * block.groups) + largest

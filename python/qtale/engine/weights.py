@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Numbers of 16 bits that numpy cannot compute with are moved as what they weigh.
 _CARRIERS = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+_ROUNDED_AT_ONCE = 1 << 17
 
 
 def check_memory(layout: Layout, where: str, available: Callable[[], int | None] = host.available) -> None:
@@ -59,8 +60,9 @@ def fill_block(folder: ModelFolder, block: Block, target: npt.NDArray[np.uint8])
     elif block.sources[0].spec is None:
         at = 0
         for source in block.sources:
-            _read_dense(folder, source, target[at : at + source.nbytes])
-            at += source.nbytes
+            part = target[at : at + source.dense_nbytes]
+            (_read_rounded if source.is_rounded else _read_dense)(folder, source, part)
+            at += source.dense_nbytes
     else:
         _fill_packed(folder, block, target)
 
@@ -75,6 +77,23 @@ def _fill_vectors(folder: ModelFolder, block: Block, target: npt.NDArray[np.floa
 def _read_dense(folder: ModelFolder, source: Source, target: npt.NDArray[np.uint8]) -> None:
     shard = folder.shard_of(f"{source.module}.weight")
     read_into(shard.path, shard.tensors[f"{source.module}.weight"], target)
+
+
+def _read_rounded(folder: ModelFolder, source: Source, target: npt.NDArray[np.uint8]) -> None:
+    stored = np.empty(source.nbytes, dtype=np.uint8)
+    _read_dense(folder, source, stored)
+    numbers, rounded = stored.view(_CARRIERS[source.stored]), target.view(np.uint16)
+    for start in range(0, numbers.size, _ROUNDED_AT_ONCE):
+        piece = slice(start, start + _ROUNDED_AT_ONCE)
+        rounded[piece] = _to_bfloat16(numbers[piece].astype(np.float32))
+
+
+def _to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The nearest numbers, of two the even one; NaN stays NaN, and what is no normal number is zero as in products."""
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    rounded = np.where(np.abs(values) < np.finfo(np.float32).tiny, (bits >> 16) & 0x8000, rounded)
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
 def _fill_packed(folder: ModelFolder, block: Block, target: npt.NDArray[np.uint8]) -> None:
