@@ -204,6 +204,46 @@ TEST_CASE("scores are log-softmax of the logits", "[decoder]") {
   CHECK(wrong == 0);
 }
 
+TEST_CASE("scores of many rows over a vocabulary in pieces are log-softmax of the logits", "[decoder]") {
+  constexpr std::int64_t kSequences = 6, kTokens = 100, kRows = kSequences * kTokens, kLarge = 5000;
+  const TinyDecoder model({.layers = 1, .packed = false, .vocab = kLarge});
+  Decoder decoder(model.spec());
+  const auto tokens = random_tokens(12, kRows);
+  const auto segments = [&](std::int64_t count) {
+    std::vector<Segment> out;
+    for (std::int64_t s = 0; s < count; ++s)
+      out.push_back(
+          {decoder.add_sequence(), -1, std::span(tokens).subspan(static_cast<std::size_t>(s * kTokens), kTokens)});
+    return out;
+  };
+  std::vector<std::int64_t> keep(kRows);
+  std::iota(keep.begin(), keep.end(), 0);
+  Lines<float> logits(kRows * kLarge);
+  decoder.forward(segments(kSequences), keep, TensorView::matrix(logits.data(), DType::f32, kRows, kLarge));
+  std::vector<std::int32_t> targets;
+  for (std::int64_t row = 0; row < kRows; ++row) {
+    const float* values = logits.data() + row * kLarge;
+    const auto top = static_cast<std::int32_t>(std::max_element(values, values + kLarge) - values);
+    targets.push_back(row % 3 == 0 ? top : static_cast<std::int32_t>(row * 37 % kLarge));
+  }
+  const auto scores = decoder.score(segments(kSequences), keep, targets);
+  double worst = 0.0;
+  std::int64_t wrong = 0;
+  for (std::size_t i = 0; i < scores.size(); ++i) {
+    const float* values = logits.data() + keep[i] * kLarge;
+    double sum = 0.0;
+    for (std::int64_t v = 0; v < kLarge; ++v) sum += std::exp(double{values[v]});
+    worst = std::max(worst, std::abs(double{scores[i].log_prob} - (double{values[targets[i]]} - std::log(sum))));
+    wrong += scores[i].greedy != (std::max_element(values, values + kLarge) - values == targets[i]);
+  }
+  CHECK(worst < 1e-5);
+  CHECK(wrong == 0);
+
+  const std::vector<std::int64_t> some(keep.begin(), keep.begin() + 7);
+  const auto few = decoder.score(segments(1), some, std::span(targets).first(7));
+  for (std::size_t i = 0; i < few.size(); ++i) CHECK(few[i].log_prob == scores[i].log_prob);
+}
+
 TEST_CASE("routing: thresholds, forced tokens, depth and what is stored", "[decoder]") {
   for (const KvRule rule : {KvRule::evict, KvRule::keep}) {
     const TinyDecoder model({.seed = 9, .routers = true, .kv_rule = rule});

@@ -231,7 +231,7 @@ TEST_CASE("matmul: many deep rows have the bits of few") {
 
 TEST_CASE("gated_matmul: has the bits of silu_mul of both products, or does nothing") {
   Random random(98);
-  for (const Case& c : {Case{5, 64, 40}, {33, 64, 16}, {64, 130, 97}, {100, 576, 40}, {300, 1400, 150}}) {
+  for (const Case& c : {Case{5, 64, 40}, {33, 64, 16}, {64, 130, 97}, {100, 576, 40}, {300, 1400, 150}, {7700, 2, 5}}) {
     const Floats x = normal_floats(random, DType::f32, c.rows * c.in);
     for (const DType dtype : kFloatTypes) {
       const Floats both = normal_floats(random, dtype, 2 * c.out * c.in);

@@ -49,13 +49,13 @@ TinyDecoder::TinyDecoder(const Options& options)
   spec_.num_heads = heads;
   spec_.num_kv_heads = kv_heads;
   spec_.head_dim = kHeadDim;
-  spec_.vocab_size = kVocab;
+  spec_.vocab_size = options.vocab;
   spec_.context = 128;
   spec_.attention_scale = 0.25F;
   spec_.kv_dtype = options.kv_dtype;
   spec_.kv_rule = options.kv_rule;
   for (int i = 0; i < kHeadDim / 2; ++i) spec_.rope.inv_freq.push_back(std::pow(10.0F, -0.5F * static_cast<float>(i)));
-  spec_.embedding = dense(kVocab, hidden_, DType::f16, 1.0F);
+  spec_.embedding = dense(options.vocab, hidden_, DType::f16, 1.0F);
   spec_.final_norm = vector(hidden_, 1.0F, 0.1F);
   for (std::size_t i = 0; i < options.layers; ++i) {
     DecoderLayer layer;
@@ -71,7 +71,7 @@ TinyDecoder::TinyDecoder(const Options& options)
     if (options.routers && i > 0) layer.router = router(i == 1 ? 7 : 1);
     spec_.layers.push_back(layer);
   }
-  spec_.head = matrix(kVocab, hidden_, 8);
+  spec_.head = matrix(options.vocab, hidden_, 8);
 }
 
 std::vector<std::int32_t> random_tokens(std::uint64_t seed, std::size_t count) {

@@ -20,7 +20,8 @@ class TinyDecoder {
     KvRule kv_rule = KvRule::evict;
     std::int64_t window = 0;
     DType kv_dtype = DType::f32;
-    std::int64_t scale = 1;  // times the widths; from 4 on a hundred tokens are work for several threads
+    std::int64_t scale = 1;       // times the widths; from 4 on a hundred tokens are work for several threads
+    std::int64_t vocab = kVocab;  // run() takes kVocab alone
   };
 
   explicit TinyDecoder(const Options& options);

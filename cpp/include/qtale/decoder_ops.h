@@ -22,7 +22,7 @@ void matmul(const TensorView& x, const TensorView& weight, const TensorView* bia
             Compute compute = Compute::floating);
 // silu_mul of both products, whose bits it has, without storing them, where the CPU's kernels have that for so many
 // rows; false and nothing done where not.
-//   gate and up [out, in] f32|f16|bf16 of one dtype, y [m, out] f32.
+//   gate and up [out, in] f32|f16|bf16 of one dtype, y [m, out] f32; rows of all may be apart. InputError as matmul.
 bool gated_matmul(const TensorView& x, const TensorView& gate, const TensorView& up, const TensorView& y,
                   Compute compute);
 

@@ -37,7 +37,7 @@ void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn
 // values and indices [rows, k]; throws InputError naming the first row whose products hold NaN.
 void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
                   std::int64_t k, float* values, std::int32_t* indices);
-// out [rows, entries] = x [rows, depth] times a matrix; see ProjectArgs for `up`, which takes what gates() says.
+// out [rows, entries] = x [rows, depth] times a matrix; with `up`, only where has_gated_products(), see ProjectArgs.
 struct DenseProduct {
   RowsIn x;
   std::int64_t rows;
@@ -47,7 +47,7 @@ struct DenseProduct {
   std::int64_t entries;
   ProjectOut out;
 };
-bool gates(Compute compute, std::int64_t rows);
+bool has_gated_products(Compute compute, std::int64_t rows);
 // Throws InputError where the kernels in use lack the mode.
 void matmul(const DenseProduct& product, Compute compute);
 void compact_rows(const CompactArgs& args, std::int64_t count);

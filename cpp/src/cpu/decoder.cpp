@@ -18,9 +18,16 @@ std::int64_t rows_per_task(std::int64_t elements) {
   return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(1, elements));
 }
 
-// Infinite logits of no weight leave the sum alone: their distance from each other is no number.
+// Logits of -inf weigh nothing; their distance from the largest is no number where that is -inf as well.
+ExpSum exp_sum(const DecoderKernels& table, const float* x, std::int64_t count) {
+  const ExpSum part = table.exp_sum(x, count);
+  const bool weighs = part.top != -std::numeric_limits<float>::infinity() ||
+                      std::any_of(x, x + count, [](float value) { return std::isnan(value); });
+  return weighs ? part : ExpSum{part.top, 0.0};
+}
+
 void add_part(const ExpSum& part, TargetLogit& to) {
-  if (part.top == -std::numeric_limits<float>::infinity()) return;
+  if (part.sum == 0.0) return;
   const double distance = static_cast<double>(part.top) - static_cast<double>(to.top);
   if (distance > 0.0) {
     to.sum = part.sum + to.sum * std::exp(-distance);
@@ -59,14 +66,14 @@ void add_logits(const SoftmaxArgs& args, std::span<TargetLogit> state) {
       const auto at = static_cast<std::size_t>(i);
       const float* x = args.logits + args.rows[at] * args.stride;
       // Targets of one row are neighbours.
-      if (row == nullptr || *row != args.rows[at]) part = table.exp_sum(x, args.count);
+      if (row == nullptr || *row != args.rows[at]) part = exp_sum(table, x, args.count);
       row = &args.rows[at];
       TargetLogit& target = state[at];
       const std::int64_t place = args.targets[at] - args.first;
       if (place >= 0 && place < args.count) {
         target.value = x[place];
-        target.is_first =
-            target.value == part.top && target.value > target.top && std::find(x, x + place, target.value) == x + place;
+        target.is_first = target.value == part.top && (args.first == 0 || target.value > target.top) &&
+                          std::find(x, x + place, target.value) == x + place;
       }
       add_part(part, target);
     }

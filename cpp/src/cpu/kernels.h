@@ -111,7 +111,7 @@ struct ProjectKernel {
   std::int64_t row_tile;
   std::int64_t entry_tile;   // entries that share one pass over x
   std::int64_t entry_group;  // entries that are multiplied at once
-  bool gates = false;        // whether store takes `up`, for more rows than row_tile
+  bool gates = false;        // whether store takes `up`, with more rows than row_tile
 };
 
 // Rows [rows, size] that routed execution moves; `indices` are checked.

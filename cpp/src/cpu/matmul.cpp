@@ -41,7 +41,7 @@ void pack_rows(const ProjectKernel& kernel, const ProjectArgs& args) {
   });
 }
 
-bool gates(Compute compute, std::int64_t rows) {
+bool has_gated_products(Compute compute, std::int64_t rows) {
   const KernelTable& table = kernels();
   return compute == Compute::bfloat16 && table.bf16_project != nullptr && table.bf16_project->gates &&
          rows > table.bf16_project->row_tile;
@@ -49,18 +49,21 @@ bool gates(Compute compute, std::int64_t rows) {
 
 void matmul(const DenseProduct& p, Compute compute) {
   const ProjectKernel& kernel = kernel_for(compute, p.depth);
-  const std::int64_t block = rows_per_pass(kernel, p.rows), group = kernel.entry_group;
+  const std::int64_t group = kernel.entry_group, tile = kernel.row_tile, tiles = ceil_div(p.rows, tile);
+  // Even passes: a short last one would be multiplied as few rows are, which takes longer and knows no gates.
+  const std::int64_t passes = ceil_div(p.rows, kRowBlock);
   thread_local Scratch packed;
-  for (std::int64_t row = 0; row < p.rows; row += block) {
-    const std::int64_t count = std::min(block, p.rows - row);
+  for (std::int64_t pass = 0; pass < passes; ++pass) {
+    const std::int64_t row = tiles * pass / passes * tile, end = tiles * (pass + 1) / passes * tile;
+    const std::int64_t count = std::min(end, p.rows) - row;
     const RowsIn x{static_cast<const float*>(p.x.data) + row * p.x.stride, p.x.dtype, p.x.stride};
     const ProjectArgs args{x, count, p.depth, packed.reserve(kernel.packed_bytes(count, p.depth)), p.matrix, p.up};
     const ProjectOut to{p.out.y + row * p.out.stride, p.out.stride, p.out.bias};
     pack_rows(kernel, args);
     const std::int64_t work = std::max<std::int64_t>(1, group * count * p.depth);
-    parallel_for(ceil_div(p.entries, group), ceil_div(kRunGrain, work), [&](std::int64_t begin, std::int64_t end) {
+    parallel_for(ceil_div(p.entries, group), ceil_div(kRunGrain, work), [&](std::int64_t first, std::int64_t last) {
       thread_local Scratch scratch;
-      kernel.store(args, begin * group, std::min(end * group, p.entries), scratch.reserve(kernel.scratch_bytes(count)),
+      kernel.store(args, first * group, std::min(last * group, p.entries), scratch.reserve(kernel.scratch_bytes(count)),
                    to);
     });
   }

@@ -126,7 +126,7 @@ inline void store_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t e
                         const ProjectOut& out) {
   with_type(a.matrix.dtype, [&](auto element) {
     using E = decltype(element);
-    if (are_columns(a.rows)) return store_few<E>(a, begin, end, scratch, Store{out});
+    if (are_columns(a.rows)) return store_few<E>(a, begin, end, scratch, Store{out});  // never gated
     ManyRowTiles<E>(a, scratch, out).run(begin, end);
   });
 }

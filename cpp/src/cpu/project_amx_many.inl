@@ -17,7 +17,7 @@ constexpr int kFirstTile = 4, kSecondTile = 6;            // the first of two of
 constexpr std::int64_t kSumTile = kTileRows * kTileRows;  // float32
 constexpr std::int64_t kPanelSums = 4 * kSumTile;         // of 32 rows and entries: [2 of rows][2 of entries]
 constexpr std::int64_t kCachedBytes = 768 << 10;          // of x that stay in L2 for one group of entries after another
-constexpr std::int64_t kMostGroups = 8;                   // that share what L2 has of x where it does not
+constexpr std::int64_t kMostGroups = 8;                   // for which a block of x is read once where x is larger
 
 // Four columns of 32-bit pairs of 16 lines, side by side.
 QTALE_INLINE void transpose_pairs(const std::byte* from, std::int64_t stride, std::uint16_t* to) {
@@ -118,11 +118,11 @@ class ManyRowTiles {
   Ahead ahead_of(const Place& next, std::int64_t row, float* y) const {
     const std::int64_t count = ceil_div(kTileRows, x_.rows / kPanelRows), first = row / kPanelRows * count;
     Ahead ahead{{}, 0, y == nullptr ? nullptr : y + kPanelRows * out_.stride};
-    if (next.count == 0 || first + count > kTileRows) return ahead;
+    if (next.count == 0 || first >= kTileRows) return ahead;
     for (std::int64_t tile = 0; tile < 2; ++tile)
       ahead.lines[static_cast<std::size_t>(tile)] =
           entries_of(tile, next.entry, next.step) + first * matrix_of(tile).stride;
-    ahead.count = count;
+    ahead.count = min64(count, kTileRows - first);
     return ahead;
   }
 
@@ -217,7 +217,7 @@ class ManyRowTiles {
   std::int64_t group_;      // entries that are multiplied at once, of each matrix
   std::uint16_t* entries_;  // columns
   std::uint16_t* lines_;    // 16 entries of one step
-  float* sums_;             // [groups][panels] of panels
+  float* sums_;             // [groups][panels][4 tiles]
 };
 
 }  // namespace

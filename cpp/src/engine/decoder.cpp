@@ -22,9 +22,9 @@ using engine::Buffer;
 using engine::LayerCache;
 using engine::Sequence;
 
-// Rows that are scored at once, with a packed head and without, and the logits that are kept of them: 4 MiB.
-constexpr std::int64_t kPackedRows = 64, kScoredRows = 512;
-constexpr std::int64_t kScoredLogits = 1 << 20, kLeastEntries = 1024;
+// Rows that are scored at once, with a packed head and without, and the entries of a piece of the vocabulary: 4 MiB of
+// logits. The pieces are the same for any number of rows, so that the score of a row is, too.
+constexpr std::int64_t kPackedRows = 64, kScoredRows = 512, kScoredEntries = 2048;
 
 }  // namespace
 
@@ -204,8 +204,7 @@ void Decoder::Impl::score_some(const TensorView& x, std::span<const std::int32_t
   const auto vector = [](std::span<const std::int32_t> values) {
     return TensorView::vector(const_cast<std::int32_t*>(values.data()), DType::s32, std::ssize(values));
   };
-  const std::int64_t at_once =
-      engine::is_packed(spec.head) ? spec.vocab_size : std::max(kLeastEntries, kScoredLogits / x.shape[0]);
+  const std::int64_t at_once = engine::is_packed(spec.head) ? spec.vocab_size : kScoredEntries;
   LogSoftmax softmax(vector(rows), vector(targets), spec.vocab_size);
   for (std::int64_t entry = 0; entry < spec.vocab_size; entry += at_once) {
     const std::int64_t count = std::min(at_once, spec.vocab_size - entry);

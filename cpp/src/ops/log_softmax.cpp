@@ -40,6 +40,7 @@ LogSoftmax::LogSoftmax(const TensorView& rows, const TensorView& targets, std::i
 
 void LogSoftmax::add(const TensorView& logits) {
   ops::check_matrix(kOp, "logits", logits, DType::f32);
+  if (logits.shape[1] == 0) return;
   if (logits.shape[1] > vocab_ - seen_)
     fail_input("log_softmax_at: logits of {} entries come after {} of {}.", logits.shape[1], seen_, vocab_);
   for (const std::int32_t row : rows_)
@@ -64,6 +65,8 @@ void log_softmax_at(const TensorView& logits, const TensorView& rows, const Tens
                     const TensorView& log_probs, const TensorView& greedy) {
   ops::check_matrix(kOp, "logits", logits, DType::f32);
   LogSoftmax softmax(rows, targets, logits.shape[1]);
+  check_vector("log_probs", log_probs, DType::f32, rows.shape[0]);
+  check_vector("greedy", greedy, DType::u8, rows.shape[0]);
   softmax.add(logits);
   softmax.finish(log_probs, greedy);
 }

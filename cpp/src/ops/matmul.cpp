@@ -46,7 +46,7 @@ bool gated_matmul(const TensorView& x, const TensorView& gate, const TensorView&
   if (gate.dtype != up.dtype)
     fail_input("matmul: the gate is {}, but what it gates is {}; use one dtype.", name_of(gate.dtype),
                name_of(up.dtype));
-  if (!cpu::gates(compute, x.shape[0])) return false;
+  if (!cpu::has_gated_products(compute, x.shape[0])) return false;
   cpu::matmul(product, compute);
   return true;
 }
