@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -15,6 +16,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm.auto import tqdm
 
 from qtale.errors import InputError
 
@@ -27,6 +29,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Answer = tuple[float, bool]
 
 _MAX_GEN_TOKS = 256
+_TEXTS = 1024  # that are tokenized at once
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -59,6 +62,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self.tokens_done = 0
         self.seconds = 0.0
         self._device = torch.device("cpu")
+        self._encoded: dict[str, list[int]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -83,11 +87,41 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; special tokens are added as told, else as the tokenizer does, but never a second BOS."""
-        chosen = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
-            chosen = False
-        options: dict[str, Any] = {} if chosen is None else {"add_special_tokens": chosen}
-        return list(self.tokenizer.encode(string, **options))
+        if add_special_tokens is not None:
+            return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+        if string in self._encoded:
+            return list(self._encoded[string])
+        return list(self.tokenizer.encode(string, **self._special(string)))
+
+    def _special(self, string: str) -> dict[str, Any]:
+        """Options of the tokenizer for a text whose special tokens nobody chose."""
+        chosen = False if string.startswith(self._prefix) else self.add_bos_token
+        return {} if chosen is None else {"add_special_tokens": chosen}
+
+    @cached_property
+    def _prefix(self) -> str:
+        return str(self.tokenizer.decode(self.prefix_token_id))
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Answer]:
+        """(sum of log-probabilities, whether greedy decoding gives it) of each request's (context, continuation)."""
+        # What the harness encodes of them one by one, together: that takes half of the time.
+        pairs = [request.args for request in requests]
+        texts = {text for context, end in pairs if context for text in (context + end, context.rstrip())}
+        self._encoded = self._encode_all(sorted(texts), disable_tqdm)
+        try:
+            return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))
+        finally:
+            self._encoded = {}
+
+    def _encode_all(self, texts: Sequence[str], disable_tqdm: bool) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for special in (False, True):
+            alike = [text for text in texts if text.startswith(self._prefix) == special]
+            for start in tqdm(range(0, len(alike), _TEXTS), desc="tokenizing", delay=1, disable=disable_tqdm):
+                some = alike[start : start + _TEXTS]
+                encoded = self.tokenizer(some, return_attention_mask=False, **self._special(some[0]))
+                found |= zip(some, encoded["input_ids"], strict=True)
+        return found
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without its system part where the template refuses one."""
