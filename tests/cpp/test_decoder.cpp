@@ -175,6 +175,25 @@ TEST_CASE("decoders that share the threads of a process give the bits they give 
   CHECK(different == 0);
 }
 
+namespace {
+
+void check_scores(std::span<const Score> scores, const float* logits, std::int64_t vocab,
+                  std::span<const std::int64_t> keep, std::span<const std::int32_t> targets) {
+  double worst = 0.0;
+  std::int64_t wrong = 0;
+  for (std::size_t i = 0; i < scores.size(); ++i) {
+    const float* values = logits + keep[i] * vocab;
+    double sum = 0.0;
+    for (std::int64_t v = 0; v < vocab; ++v) sum += std::exp(double{values[v]});
+    worst = std::max(worst, std::abs(double{scores[i].log_prob} - (double{values[targets[i]]} - std::log(sum))));
+    wrong += scores[i].greedy != (std::max_element(values, values + vocab) - values == targets[i]);
+  }
+  CHECK(worst < 1e-5);
+  CHECK(wrong == 0);
+}
+
+}  // namespace
+
 TEST_CASE("scores are log-softmax of the logits", "[decoder]") {
   const TinyDecoder model({});
   Decoder decoder(model.spec());
@@ -191,17 +210,7 @@ TEST_CASE("scores are log-softmax of the logits", "[decoder]") {
     }
   const std::int64_t sequence = decoder.add_sequence();
   const auto scores = decoder.score(std::vector<Segment>{{sequence, -1, tokens}}, keep, targets);
-  double worst = 0.0;
-  std::int64_t wrong = 0;
-  for (std::size_t i = 0; i < scores.size(); ++i) {
-    const float* values = logits.row(keep[i]);
-    double sum = 0.0;
-    for (std::int64_t v = 0; v < kVocab; ++v) sum += std::exp(double{values[v]});
-    worst = std::max(worst, std::abs(double{scores[i].log_prob} - (double{values[targets[i]]} - std::log(sum))));
-    wrong += scores[i].greedy != (std::max_element(values, values + kVocab) - values == targets[i]);
-  }
-  CHECK(worst < 1e-5);
-  CHECK(wrong == 0);
+  check_scores(scores, logits.values.data(), kVocab, keep, targets);
 }
 
 TEST_CASE("scores of many rows over a vocabulary in pieces are log-softmax of the logits", "[decoder]") {
@@ -227,17 +236,7 @@ TEST_CASE("scores of many rows over a vocabulary in pieces are log-softmax of th
     targets.push_back(row % 3 == 0 ? top : static_cast<std::int32_t>(row * 37 % kLarge));
   }
   const auto scores = decoder.score(segments(kSequences), keep, targets);
-  double worst = 0.0;
-  std::int64_t wrong = 0;
-  for (std::size_t i = 0; i < scores.size(); ++i) {
-    const float* values = logits.data() + keep[i] * kLarge;
-    double sum = 0.0;
-    for (std::int64_t v = 0; v < kLarge; ++v) sum += std::exp(double{values[v]});
-    worst = std::max(worst, std::abs(double{scores[i].log_prob} - (double{values[targets[i]]} - std::log(sum))));
-    wrong += scores[i].greedy != (std::max_element(values, values + kLarge) - values == targets[i]);
-  }
-  CHECK(worst < 1e-5);
-  CHECK(wrong == 0);
+  check_scores(scores, logits.data(), kLarge, keep, targets);
 
   const std::vector<std::int64_t> some(keep.begin(), keep.begin() + 7);
   const auto few = decoder.score(segments(1), some, std::span(targets).first(7));

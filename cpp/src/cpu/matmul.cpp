@@ -11,7 +11,6 @@
 namespace qtale::cpu {
 namespace {
 
-constexpr std::int64_t kRowBlock = 512;     // rows of one pass over the matrix
 constexpr std::int64_t kPackGrain = 65536;  // elements of x worth a second thread
 constexpr std::int64_t kRunGrain = 65536;   // multiply-adds worth a second thread: few rows wait for memory
 
@@ -27,11 +26,6 @@ const ProjectKernel& kernel_for(Compute compute, std::int64_t in_features) {
 }
 
 }  // namespace
-
-std::int64_t rows_per_pass(const ProjectKernel& kernel, std::int64_t rows) {
-  const std::int64_t passes = std::max<std::int64_t>(1, ceil_div(rows, kRowBlock));
-  return ceil_div(ceil_div(rows, passes), kernel.row_tile) * kernel.row_tile;
-}
 
 void pack_rows(const ProjectKernel& kernel, const ProjectArgs& args) {
   const std::int64_t tile = kernel.row_tile;
@@ -49,13 +43,9 @@ bool has_gated_products(Compute compute, std::int64_t rows) {
 
 void matmul(const DenseProduct& p, Compute compute) {
   const ProjectKernel& kernel = kernel_for(compute, p.depth);
-  const std::int64_t group = kernel.entry_group, tile = kernel.row_tile, tiles = ceil_div(p.rows, tile);
-  // Even passes: a short last one would be multiplied as few rows are, which takes longer and knows no gates.
-  const std::int64_t passes = ceil_div(p.rows, kRowBlock);
+  const std::int64_t group = kernel.entry_group;
   thread_local Scratch packed;
-  for (std::int64_t pass = 0; pass < passes; ++pass) {
-    const std::int64_t row = tiles * pass / passes * tile, end = tiles * (pass + 1) / passes * tile;
-    const std::int64_t count = std::min(end, p.rows) - row;
+  for_passes(kernel, p.rows, [&](std::int64_t row, std::int64_t count) {
     const RowsIn x{static_cast<const float*>(p.x.data) + row * p.x.stride, p.x.dtype, p.x.stride};
     const ProjectArgs args{x, count, p.depth, packed.reserve(kernel.packed_bytes(count, p.depth)), p.matrix, p.up};
     const ProjectOut to{p.out.y + row * p.out.stride, p.out.stride, p.out.bias};
@@ -66,7 +56,7 @@ void matmul(const DenseProduct& p, Compute compute) {
       kernel.store(args, first * group, std::min(last * group, p.entries), scratch.reserve(kernel.scratch_bytes(count)),
                    to);
     });
-  }
+  });
 }
 
 }  // namespace qtale::cpu

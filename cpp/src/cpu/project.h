@@ -1,6 +1,7 @@
 // What project_topk and matmul share.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/integers.h"
@@ -8,8 +9,17 @@
 
 namespace qtale::cpu {
 
-// Rows of x that one pass over the matrix takes, in whole tiles: bounds the memory.
-std::int64_t rows_per_pass(const ProjectKernel& kernel, std::int64_t rows);
+// Calls fn(row, count) for the rows of x that one pass over the matrix takes, which bounds the memory. Passes are even:
+// a short last one would be multiplied as few rows are, which takes longer and knows no gates.
+template <class Fn>
+void for_passes(const ProjectKernel& kernel, std::int64_t rows, Fn&& fn) {
+  constexpr std::int64_t kMostRows = 512;
+  const std::int64_t tile = kernel.row_tile, tiles = ceil_div(rows, tile), passes = ceil_div(rows, kMostRows);
+  for (std::int64_t pass = 0; pass < passes; ++pass) {
+    const std::int64_t row = tiles * pass / passes * tile, end = tiles * (pass + 1) / passes * tile;
+    fn(row, std::min(end, rows) - row);
+  }
+}
 
 // The pack step over all threads.
 void pack_rows(const ProjectKernel& kernel, const ProjectArgs& args);

@@ -179,10 +179,8 @@ void cut_to_best(Candidates& c, std::int64_t row) {
 void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
                   std::int64_t k, float* values, std::int32_t* indices) {
   const ProjectKernel& kernel = kernels().project;
-  const std::int64_t block = rows_per_pass(kernel, rows);
   Scratch packed;
-  for (std::int64_t row = 0; row < rows; row += block) {
-    const std::int64_t count = std::min(block, rows - row);
+  for_passes(kernel, rows, [&](std::int64_t row, std::int64_t count) {
     const RowsIn part{static_cast<const float*>(x.data) + row * x.stride, x.dtype, x.stride};
     std::byte* const memory = packed.reserve(kernel.packed_bytes(count, depth));
     const Problem problem{kernel, {part, count, depth, memory, matrix}, row, entries, k};
@@ -192,7 +190,7 @@ void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const 
     find_candidates(problem, finders);
     refuse_nan(problem, finders);
     merge(problem, finders, values, indices);
-  }
+  });
 }
 
 }  // namespace qtale::cpu
