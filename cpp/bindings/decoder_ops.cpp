@@ -55,6 +55,9 @@ void attend(const Memory& q, const std::vector<std::pair<std::int64_t, std::vect
 
 void register_decoder_ops(py::module_& module) {
   module.def(
+      "round_weights", [](const Memory& matrix, const Memory& rounded) { round_weights(view(matrix), view(rounded)); },
+      Release());
+  module.def(
       "rms_norm",
       [](const Memory& x, const Memory& weight, float eps, const Memory& out) {
         rms_norm(view(x), view(weight), eps, view(out));

@@ -5,12 +5,9 @@
 #include <limits>
 #include <memory>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "attention_oracle.h"
 #include "catch.h"
+#include "guarded.h"
 #include "matmul_oracle.h"
 
 namespace qtale::test {
@@ -141,30 +138,6 @@ TEST_CASE("amx: any number of threads and of rows gives the bits of AVX-512, and
 }
 
 #ifdef __linux__
-// Memory that ends where nothing may be read or written.
-class Guarded {
- public:
-  explicit Guarded(std::int64_t bytes) : mapped_((bytes + 2 * kPage - 1) / kPage * kPage) {
-    memory_ = static_cast<std::byte*>(
-        mmap(nullptr, static_cast<std::size_t>(mapped_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    REQUIRE(memory_ != MAP_FAILED);
-    REQUIRE(mprotect(memory_ + mapped_ - kPage, kPage, PROT_NONE) == 0);
-    data_ = memory_ + mapped_ - kPage - bytes;
-  }
-  Guarded(const void* from, std::int64_t bytes) : Guarded(bytes) {
-    if (bytes > 0) std::memcpy(data_, from, static_cast<std::size_t>(bytes));
-  }
-  ~Guarded() { munmap(memory_, static_cast<std::size_t>(mapped_)); }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  std::byte* data() const { return data_; }
-
- private:
-  static constexpr std::int64_t kPage = 4096;
-  std::int64_t mapped_;
-  std::byte *memory_, *data_;
-};
-
 TEST_CASE("amx: products of bf16 numbers end where their matrices do", "[amx]") {
   if (!has_amx()) return;
   Random random(85);

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "qtale/decoder_ops.h"
+
 namespace qtale::test {
 namespace {
 
@@ -22,9 +24,24 @@ TensorView TinyDecoder::dense(std::int64_t rows, std::int64_t cols, DType dtype,
   return floats_.emplace_back(normal_floats(random_, dtype, rows * cols, sigma)).matrix(rows, cols);
 }
 
+TensorView TinyDecoder::tiled(const TensorView& matrix) {
+  TensorView tiles = floats_.emplace_back(DType::bf16, matrix.numel()).matrix(matrix.shape[0], matrix.shape[1]);
+  const std::int64_t across = matrix.shape[1] / kTileInputs, tile = kTileOutputs * kTileInputs;
+  tiles.rank = 4;
+  tiles.shape = {matrix.shape[0] / kTileOutputs, across, kTileOutputs, kTileInputs};
+  tiles.strides = {across * tile, tile, kTileInputs, 1};
+  round_weights(matrix, tiles);
+  return tiles;
+}
+
 Matrix TinyDecoder::matrix(std::int64_t out, std::int64_t in, int num_bits) {
   const float sigma = 1.0F / std::sqrt(static_cast<float>(in));
-  if (!options_.packed) return {dense(out, in, DType::f16, sigma), vector(out, 0.0F, 0.1F)};
+  if (!options_.packed) {
+    const TensorView weight = dense(out, in, options_.dense_dtype, sigma);
+    Matrix made{options_.tiled ? tiled(weight) : weight, std::nullopt};
+    if (options_.biases) made.bias = vector(out, 0.0F, 0.1F);
+    return made;
+  }
   const Floats weight = normal_floats(random_, DType::f32, out * in, sigma);
   packed_.push_back(prepacked(quantized(weight, {out, in, in / 32, num_bits, true, DType::f16})));
   return {view(packed_.back()), std::nullopt};

@@ -22,6 +22,10 @@ class TinyDecoder {
     DType kv_dtype = DType::f32;
     std::int64_t scale = 1;       // times the widths; from 4 on a hundred tokens are work for several threads
     std::int64_t vocab = kVocab;  // run() takes kVocab alone
+    // Of dense matrices; those in tiles are bf16 and need a vocab of whole tiles.
+    DType dense_dtype = DType::f16;
+    bool biases = true;
+    bool tiled = false;
   };
 
   explicit TinyDecoder(const Options& options);
@@ -31,6 +35,7 @@ class TinyDecoder {
  private:
   TensorView vector(std::int64_t size, float mean, float sigma);
   TensorView dense(std::int64_t rows, std::int64_t cols, DType dtype, float sigma);
+  TensorView tiled(const TensorView& matrix);
   Matrix matrix(std::int64_t out, std::int64_t in, int num_bits);
   Router router(std::int64_t width);
 

@@ -12,11 +12,11 @@ import qtale
 from engine_samples import ids_of, make_model, save_model
 from qtale import QuantSpec, _core
 from qtale.checkpoint.folder import ModelFolder, open_folder
-from qtale.engine.arena import Arena
+from qtale.engine.arena import Arena, memory_of
 from qtale.engine.layout import WeightOptions, plan_layout
-from qtale.engine.regions import Layout
+from qtale.engine.regions import Block, Layout
 from qtale.engine.spec import read_spec
-from qtale.engine.weights import _to_bfloat16, read_weights
+from qtale.engine.weights import read_weights
 
 LAYER = "model.layers.1"
 
@@ -27,20 +27,41 @@ def planned(folder: ModelFolder, options: WeightOptions, compute: str) -> Layout
     return plan_layout(folder, read_spec(folder.config, "folder"), options, compute)
 
 
+def rounded(values: np.ndarray) -> np.ndarray:
+    out = np.empty(values.shape, dtype=np.uint16)
+    _core.round_weights(memory_of(values, "float32"), memory_of(out, "bfloat16"))
+    return out
+
+
+def in_rows(bits: np.ndarray, block: Block) -> np.ndarray:
+    """The numbers of a matrix as [rows, cols], out of tiles where it lies in such."""
+    if len(block.dense_shape) == 2:
+        return bits.reshape(block.dense_shape)
+    down, across, _, _ = block.dense_shape
+    pairs = bits.reshape(down, across, 16, 16, 2)
+    return pairs.transpose(0, 3, 1, 2, 4).reshape(block.rows, block.cols)
+
+
+@needs_bfloat16
 def test_numbers_are_rounded_as_torch_rounds_them() -> None:
     random = np.random.default_rng(3).integers(0, 1 << 32, 200_000, dtype=np.uint32).view(np.float32)
     special = np.array([0.0, -0.0, np.inf, -np.inf, 3.4028235e38, -3.4028235e38, 1.00390625, 1.01171875], np.float32)
     values = np.concatenate([special, random])
     values = values[(np.abs(values) >= np.finfo(np.float32).tiny) | (values == 0)]
+    values = values[: values.size // 50 * 50].reshape(-1, 50)
     expected = torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    assert (_to_bfloat16(values) == expected).all()
+    assert (rounded(values) == expected).all()
 
 
+@needs_bfloat16
 def test_what_is_no_number_stays_so_and_tiny_ones_are_zero() -> None:
-    values = np.array([np.nan, -np.nan, 1e-39, -1e-39, -1e-45], dtype=np.float32)
-    assert _to_bfloat16(values).tolist() == [0x7FC0, 0x7FC0, 0, 0x8000, 0x8000]
+    values = np.array([[np.nan, -np.nan, 1e-39, -1e-39, -1e-45, 1.0]], dtype=np.float32)
+    found = rounded(values)[0]
+    assert np.isnan((found[:2].astype(np.uint32) << 16).view(np.float32)).all()
+    assert found[2:].tolist() == [0, 0x8000, 0x8000, 0x3F80]
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_matrices_but_the_embedding_are_kept_in_bfloat16(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = open_folder(save_model(make_model("llama", tie_word_embeddings=False).to(dtype), tmp_path / "m"))
@@ -53,8 +74,10 @@ def test_matrices_but_the_embedding_are_kept_in_bfloat16(tmp_path: Path, dtype: 
         return arena.view(block.offset, block.nbytes)
 
     gate_up = [torch.from_numpy(folder.raw(f"{LAYER}.mlp.{part}_proj.weight").copy()) for part in ("gate", "up")]
-    rounded = torch.cat([part.view(dtype) for part in gate_up]).bfloat16().view(torch.uint8).numpy()
-    assert (held("layers.1.gate_up.0") == rounded).all()
+    expected = torch.cat([part.view(dtype) for part in gate_up]).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    block = layout.blocks["layers.1.gate_up.0"]
+    assert (in_rows(held(block.name).view(np.uint16), block).ravel() == expected).all()
+    assert block.sources[0].tiled == (_core.has_tiles() and block.cols % 32 == 0)
     assert layout.sources("head")[0].dtype == "bfloat16"
     assert (held("embedding") == folder.raw("model.embed_tokens.weight")).all()
     assert layout.bits == (16,)

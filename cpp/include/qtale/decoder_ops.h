@@ -12,17 +12,39 @@
 
 namespace qtale {
 
+// Weights that are not quantized lie as a matrix [out, in], or, where bfloat16 numbers are multiplied in tiles (see
+// has_tiles), as such: [out / 16, in / 32, 16, 32] bf16, contiguous, in which the pair of inputs 2 * i and 2 * i + 1 of
+// output o of a tile are at [i, 2 * o] and the place after it.
+inline constexpr std::int64_t kTileOutputs = 16, kTileInputs = 32;
+inline bool is_tiled(const TensorView& weight) { return weight.rank == 4; }
+inline std::int64_t outputs_of(const TensorView& weight) {
+  return is_tiled(weight) ? weight.shape[0] * kTileOutputs : weight.shape[0];
+}
+inline std::int64_t inputs_of(const TensorView& weight) {
+  return is_tiled(weight) ? weight.shape[1] * kTileInputs : weight.shape[1];
+}
+
+// Rounds a matrix [out, in] f32|f16|bf16, whose rows may be apart, to bfloat16 as products in bfloat16 do; `rounded`
+// has rows without gaps or is tiled. Those products have the same bits. InputError for an odd number of inputs and
+// where the kernels in use have no such products, or none of tiles.
+void round_weights(const TensorView& matrix, const TensorView& rounded);
+
 // y[m,o] = sum_i x[m,i] * weight[o,i] + bias[o], for weights that are not quantized.
-//   x [m, in] f32, weight [out, in] f32|f16|bf16, bias [out] f32 or nullptr, y [m, out] f32; rows of all may be apart.
-//   |y - y_exact| <= (in + 8) * 2^-24 * (sum_i |x_i * weight_i| + |bias|); NaN and infinity go where IEEE 754 sends
-//   them. Compute::bfloat16 rounds x and weight to bfloat16 first (the bound is that of the rounded ones, numbers below
-//   2^-126 count as zero), for an even number of inputs and where the CPU has such products, see has_bfloat16.
-//   A row of y depends on its row of x alone, bit for bit, for any number of rows and threads.
+//   x [m, in] f32, weight [out, in] f32|f16|bf16 or tiled, bias [out] f32 or nullptr, y [m, out] f32; rows of all may
+//   be apart. Tiled weights and, where the CPU takes them, x in bf16 are for Compute::bfloat16. |y - y_exact| <= (in +
+//   8) * 2^-24 * (sum_i |x_i * weight_i| + |bias|); NaN and infinity go where IEEE 754 sends them. Compute::bfloat16
+//   rounds x and weight to bfloat16 first (the bound is that of the rounded ones, numbers below 2^-126 count as zero),
+//   for an even number of inputs and where the CPU has such products, see has_bfloat16. A row of y depends on its row
+//   of x alone, bit for bit, for any number of rows and threads.
 void matmul(const TensorView& x, const TensorView& weight, const TensorView* bias, const TensorView& y,
             Compute compute = Compute::floating);
+// y += x times weight, with the bits of matmul and an addition, without storing the product, where the CPU's kernels
+// have that for so many rows; false and nothing done where not. Arguments and InputError as matmul.
+bool matmul_add(const TensorView& x, const TensorView& weight, const TensorView& y, Compute compute);
 // silu_mul of both products, whose bits it has, without storing them, where the CPU's kernels have that for so many
 // rows; false and nothing done where not.
-//   gate and up [out, in] f32|f16|bf16 of one dtype, y [m, out] f32; rows of all may be apart. InputError as matmul.
+//   gate and up as weights of matmul, of one dtype and form, y [m, out] f32, or bf16, to which the bits of f32 are
+//   rounded; rows of all may be apart. InputError as matmul.
 bool gated_matmul(const TensorView& x, const TensorView& gate, const TensorView& up, const TensorView& y,
                   Compute compute);
 

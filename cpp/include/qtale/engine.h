@@ -13,7 +13,7 @@
 
 namespace qtale {
 
-// One matrix: a prepacked u8 buffer, or [out, in] in f32|f16|bf16. The bias is [out] f32.
+// One matrix: a prepacked u8 buffer, or weights of matmul. The bias is [out] f32.
 struct Matrix {
   TensorView weight;
   std::optional<TensorView> bias;

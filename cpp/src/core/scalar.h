@@ -1,6 +1,7 @@
 // Single elements of float arrays whose dtype is known at run time only. Internal linkage, for the reason of half.h.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/half.h"
@@ -12,6 +13,11 @@ namespace qtale {
   if (dtype == DType::f16) return f16_to_float(static_cast<const std::uint16_t*>(data)[at]);
   if (dtype == DType::bf16) return bf16_to_float(static_cast<const std::uint16_t*>(data)[at]);
   return static_cast<const float*>(data)[at];
+}
+
+[[maybe_unused]] static inline float silu_scalar(float x) {
+  const float e = std::exp(-std::fabs(x));
+  return x * ((x < 0.0f ? e : 1.0f) / (1.0f + e));
 }
 
 [[maybe_unused]] static inline void store_scalar(void* data, DType dtype, std::int64_t at, float value) {

@@ -37,6 +37,11 @@ template <int Tile>
 QTALE_INLINE void load_tile(const void* from, std::int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
 }
+// The same of lines that are not wanted in L1 afterwards.
+template <int Tile>
+QTALE_INLINE void pass_tile(const void* from, std::int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(Tile) : "memory");
+}
 template <int Tile>
 QTALE_INLINE void store_tile_sums(void* to, std::int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(Tile) : "memory");

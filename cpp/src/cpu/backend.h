@@ -37,7 +37,8 @@ void qmatmul(std::span<const QmatmulPart> parts, std::int64_t rows, const RowsIn
 // values and indices [rows, k]; throws InputError naming the first row whose products hold NaN.
 void project_topk(const RowsIn& x, std::int64_t rows, std::int64_t depth, const RowsIn& matrix, std::int64_t entries,
                   std::int64_t k, float* values, std::int32_t* indices);
-// out [rows, entries] = x [rows, depth] times a matrix; with `up`, only where has_gated_products(), see ProjectArgs.
+// out [rows, entries] = x [rows, depth] times a matrix; with `up`, or added to y, only where has_fused_products(), see
+// ProjectArgs.
 struct DenseProduct {
   RowsIn x;
   std::int64_t rows;
@@ -46,10 +47,12 @@ struct DenseProduct {
   RowsIn up;
   std::int64_t entries;
   ProjectOut out;
+  bool tiled = false;
 };
-bool has_gated_products(Compute compute, std::int64_t rows);
+bool has_fused_products(Compute compute, std::int64_t rows);
 // Throws InputError where the kernels in use lack the mode.
 void matmul(const DenseProduct& product, Compute compute);
+void round_weights(const RoundArgs& args, std::int64_t entries);
 void compact_rows(const CompactArgs& args, std::int64_t count);
 void scatter_add_rows(const ScatterArgs& args, std::int64_t count);
 // a [rows, a_size] and b [rows, b_size] with contiguous rows.

@@ -84,19 +84,31 @@ struct MatmulKernel {
 
 // One project_topk or matmul: rows of x times the entries of a matrix.
 struct ProjectArgs {
-  RowsIn x;  // float32
+  RowsIn x;  // float32, or bf16 for kernels that have tiles
   std::int64_t rows;
   std::int64_t depth;  // of both
   std::byte* packed;   // x as the kernel's own pack step left it; 64-byte aligned
   RowsIn matrix;
-  RowsIn up{};  // where it has data, silu(x matrix) * (x up) is stored
+  RowsIn up{};         // where it has data, silu(x matrix) * (x up) is stored
+  bool tiled = false;  // whether both lie as tiles, see RoundArgs
+};
+
+// A matrix that is rounded to bf16 as its products would: in rows, or in tiles [entries / 16][depth / 32] of
+// [16 pairs][16 entries], in which entry e begins at out + e * depth where 16 divides e.
+struct RoundArgs {
+  RowsIn matrix;
+  std::int64_t depth;
+  std::uint16_t* out;
+  bool tiled;
 };
 
 struct Candidates;  // cpu/topk.h
 struct ProjectOut {
   float* y;  // [rows, entries]
   std::int64_t stride;
-  const float* bias;  // [entries] or nullptr
+  const float* bias;                 // [entries] or nullptr
+  std::uint16_t* rounded = nullptr;  // of a gated product, in place of y: the same as bf16
+  bool adds = false;                 // to what y holds, without a bias
 };
 
 struct ProjectKernel {
@@ -111,7 +123,11 @@ struct ProjectKernel {
   std::int64_t row_tile;
   std::int64_t entry_tile;   // entries that share one pass over x
   std::int64_t entry_group;  // entries that are multiplied at once
-  bool gates = false;        // whether store takes `up`, with more rows than row_tile
+  // Whether products are made in tiles: x may be bf16, the matrix may lie as tiles, and with more rows than row_tile
+  // there may be `up`, or products may be added.
+  bool tiles = false;
+  // Rounds entries [begin, end), whole tiles of them; nullptr where products are of float32.
+  void (*round)(const RoundArgs&, std::int64_t begin, std::int64_t end) = nullptr;
 };
 
 // Rows [rows, size] that routed execution moves; `indices` are checked.

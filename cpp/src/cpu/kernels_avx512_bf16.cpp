@@ -8,6 +8,6 @@ namespace qtale::cpu {
 
 const MatmulKernel avx512_bf16_float_table = {plane_rows_bytes, prepare_planes, run_planes, 5 * kMaxTile,
                                               18 * 5 * kMaxTile};  // tiles of 5 rows, too
-const ProjectKernel avx512_bf16_project_table = projection::kernel<12, 2, projection::PairLane>;
+const ProjectKernel avx512_bf16_project_table = projection::bf16_kernel;
 
 }  // namespace qtale::cpu

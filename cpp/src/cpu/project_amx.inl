@@ -7,7 +7,8 @@
 namespace qtale::cpu::projection {
 namespace {
 
-constexpr std::int64_t kTileAhead = 512;  // bytes of each stream that are asked for in advance
+constexpr std::int64_t kTileAhead = 512;    // bytes of each stream that are asked for in advance
+constexpr std::int64_t kTiledAhead = 4096;  // the same of streams of tiles
 
 inline TileShapes column_shapes(const ColumnTiles& x) {
   TileShapes shapes;
@@ -113,6 +114,84 @@ class FewRowTiles {
   float* sums_;  // [16][kPanelRows]
 };
 
+// The same of a matrix that lies as tiles, of which several are read at once, a stream each: sums go to y from theirs.
+template <int Halves>
+class FewRowsOfTiles {
+ public:
+  FewRowsOfTiles(const ProjectArgs& a, std::byte* scratch, const ProjectOut& out)
+      : a_(a), out_(out), steps_(a.depth / kLineNumbers), sums_(reinterpret_cast<float*>(scratch)) {}
+
+  void run(std::int64_t begin, std::int64_t end) const {
+    const std::int64_t last = a_.rows - (Halves - 1) * kTileRows;
+    TileShapes shapes;
+    for (int tile = (Halves - 1) * kStreams; tile < Halves * kStreams; ++tile) shapes.set(tile, last, kTileLine);
+    shapes.set(kFirstTile + Halves - 1, last, kTileLine);
+    shapes.use();
+    constexpr std::int64_t kEntries = kStreams * kTileRows;
+    for (; begin + kEntries <= end; begin += kEntries) multiply<kStreams>(begin);
+    for (; begin < end; begin += kTileRows) multiply<1>(begin);
+    release_tiles();
+  }
+
+ private:
+  static constexpr int kStreams = 4 / Halves;
+
+  template <int Streams>
+  void multiply(std::int64_t entry) const {
+    const auto* x = reinterpret_cast<const std::uint16_t*>(a_.packed);
+    const std::uint16_t* tiles = entry_at<Bf16>(a_.matrix, entry, 0);
+    const std::int64_t apart = kTileRows * a_.depth;
+    for_sums<Streams>([&](auto half, auto stream) QTALE_INLINE_LAMBDA { zero_tile<half * kStreams + stream>(); });
+    for (std::int64_t s = 0; s < steps_; ++s, x += 2 * kTileNumbers, tiles += kTileNumbers) {
+      unroll<Halves>([&](auto h) QTALE_INLINE_LAMBDA { load_tile<kFirstTile + h>(x + h * kTileNumbers, kTileLine); });
+      unroll<Streams>([&](auto stream) QTALE_INLINE_LAMBDA {
+        constexpr int kTile = kSecondTile + stream % 2;
+        load_tile<kTile>(tiles + stream * apart, kTileLine);
+        unroll<Halves>([&](auto half) QTALE_INLINE_LAMBDA {
+          multiply_bf16_tiles<half * kStreams + stream, kFirstTile + half, kTile>();
+        });
+        ask(tiles + stream * apart);
+      });
+    }
+    out_.bias == nullptr ? store<Streams>(out_.y + entry, out_.stride) : add_bias<Streams>(entry);
+  }
+
+  template <int Streams, class Fn>
+  QTALE_INLINE static void for_sums(Fn&& fn) {
+    unroll<Halves>([&](auto half) QTALE_INLINE_LAMBDA {
+      unroll<Streams>([&](auto stream) QTALE_INLINE_LAMBDA { fn(half, stream); });
+    });
+  }
+
+  template <int Streams>
+  void store(float* to, std::int64_t stride) const {
+    for_sums<Streams>([&](auto half, auto stream) QTALE_INLINE_LAMBDA {
+      store_tile_sums<half * kStreams + stream>(to + half * kTileRows * stride + stream * kTileRows,
+                                                stride * std::int64_t{sizeof(float)});
+    });
+  }
+
+  template <int Streams>
+  void add_bias(std::int64_t entry) const {
+    constexpr std::int64_t kCount = Streams * kTileRows;
+    store<Streams>(sums_, kCount);
+    for (std::int64_t r = 0; r < a_.rows; ++r)
+      for (std::int64_t e = 0; e < kCount; e += kWidth)
+        store_f32(out_.y + r * out_.stride + entry + e,
+                  add(load_f32(sums_ + r * kCount + e), load_f32(out_.bias + entry + e)));
+  }
+
+  static void ask(const std::uint16_t* tile) {
+    const auto* ahead = reinterpret_cast<const char*>(tile) + kTiledAhead;
+    for (std::int64_t i = 0; i < kTileBytes; i += 64) __builtin_prefetch(ahead + i);
+  }
+
+  const ProjectArgs& a_;
+  const ProjectOut& out_;
+  std::int64_t steps_;
+  float* sums_;  // [rows][entries]
+};
+
 template <class E>
 void store_few(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch, const Store& sink) {
   constexpr bool kBf16 = std::is_same_v<E, Bf16>;
@@ -124,16 +203,20 @@ void store_few(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::
 
 inline void store_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte* scratch,
                         const ProjectOut& out) {
+  if (a.tiled && a.rows <= kTileRows) return FewRowsOfTiles<1>(a, scratch, out).run(begin, end);
+  if (a.tiled && a.rows <= kPanelRows) return FewRowsOfTiles<2>(a, scratch, out).run(begin, end);
   with_type(a.matrix.dtype, [&](auto element) {
     using E = decltype(element);
-    if (are_columns(a.rows)) return store_few<E>(a, begin, end, scratch, Store{out});  // never gated
+    if (are_columns(a)) return store_few<E>(a, begin, end, scratch, Store{out});  // never gated
     ManyRowTiles<E>(a, scratch, out).run(begin, end);
   });
 }
 
 constexpr ProjectKernel amx_kernel = {
-    amx_packed_bytes, pack_tiles, ManyRowTiles<Bf16>::scratch_bytes, nullptr, store_tiles, kPanelRows, kTileEntries,
-    kTileEntries,     true,
+    amx_packed_bytes, pack_tiles,   ManyRowTiles<Bf16>::scratch_bytes,
+    nullptr,          store_tiles,  kPanelRows,
+    kTileEntries,     kTileEntries, true,
+    amx_round,
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Rows of x times entries in tiles of both, for more rows than one panel has. Entries become columns of tiles, 32 of
-// one block of the depth at a time; a block of sums is finished in y where that takes whole tiles. Of a gated product
-// these are 16 entries of each matrix, whose sums meet in L1.
+// one block of the depth at a time, where they do not lie so; a block of sums is finished in y where that takes whole
+// tiles. Of a gated product these are 16 entries of each matrix, whose sums meet in L1.
 #pragma once
 
 #include <algorithm>
@@ -19,26 +19,6 @@ constexpr std::int64_t kPanelSums = 4 * kSumTile;         // of 32 rows and entr
 constexpr std::int64_t kCachedBytes = 768 << 10;          // of x that stay in L2 for one group of entries after another
 constexpr std::int64_t kMostGroups = 8;                   // for which a block of x is read once where x is larger
 
-// Four columns of 32-bit pairs of 16 lines, side by side.
-QTALE_INLINE void transpose_pairs(const std::byte* from, std::int64_t stride, std::uint16_t* to) {
-  const auto quad = [&](std::int64_t line) QTALE_INLINE_LAMBDA {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + line * stride));
-  };
-  __m512i lines[4];  // i, i + 4, i + 8 and i + 12
-  unroll<4>([&](auto i) QTALE_INLINE_LAMBDA {
-    lines[i] = _mm512_castsi128_si512(quad(i));
-    lines[i] = _mm512_mask_broadcast_i32x4(lines[i], 0x00f0, quad(i + 4));
-    lines[i] = _mm512_mask_broadcast_i32x4(lines[i], 0x0f00, quad(i + 8));
-    lines[i] = _mm512_mask_broadcast_i32x4(lines[i], 0xf000, quad(i + 12));
-  });
-  const __m512i low01 = _mm512_unpacklo_epi32(lines[0], lines[1]), high01 = _mm512_unpackhi_epi32(lines[0], lines[1]);
-  const __m512i low23 = _mm512_unpacklo_epi32(lines[2], lines[3]), high23 = _mm512_unpackhi_epi32(lines[2], lines[3]);
-  _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
-  _mm512_store_si512(to + kLineNumbers, _mm512_unpackhi_epi64(low01, low23));
-  _mm512_store_si512(to + 2 * kLineNumbers, _mm512_unpacklo_epi64(high01, high23));
-  _mm512_store_si512(to + 3 * kLineNumbers, _mm512_unpackhi_epi64(high01, high23));
-}
-
 template <class E>
 class ManyRowTiles {
  public:
@@ -47,11 +27,12 @@ class ManyRowTiles {
         out_(out),
         x_(a.rows, a.depth),
         group_(a.up.data == nullptr ? kTileEntries : kTileRows),
+        step_(a.tiled ? kTileNumbers : kLineNumbers),
         entries_(reinterpret_cast<std::uint16_t*>(scratch)),
-        lines_(entries_ + 2 * RowTiles::kBlockSteps * kTileNumbers),
+        lines_(entries_ + 2 * RowTiles::kWholeSteps * kTileNumbers),
         sums_(reinterpret_cast<float*>(scratch + kEntryBytes)) {}
 
-  static constexpr std::size_t kEntryBytes = (2 * RowTiles::kBlockSteps + 1) * kTileBytes;
+  static constexpr std::size_t kEntryBytes = (2 * RowTiles::kWholeSteps + 1) * kTileBytes;
   static std::size_t scratch_bytes(std::int64_t rows) {
     return kEntryBytes +
            static_cast<std::size_t>(ceil_div(rows, kPanelRows) * kPanelSums * kMostGroups) * sizeof(float);
@@ -69,19 +50,32 @@ class ManyRowTiles {
   struct Place {
     std::int64_t entry, count, step;
   };
+  // Both tiles of a group's entries, and how many numbers on those of the next step are.
+  struct Columns {
+    const std::uint16_t *first, *second;
+    std::int64_t step;
+  };
+  // Sums of a panel that are not in y yet, from `row` on.
+  struct Unfinished {
+    const float* sums = nullptr;
+    std::int64_t entry = 0, count = 0;
+    std::int64_t row = 0, rows = 0, first = 0;  // of x, those in the panel, and the first of them
+  };
   // What a product asks for in advance, of the next one: lines of both its tiles, and y, which it writes.
   struct Ahead {
     std::array<const typename E::T*, 2> lines;
     std::int64_t count;
-    float* y;
+    const std::byte* y;
   };
 
   bool gated() const { return a_.up.data != nullptr; }
   const RowsIn& matrix_of(std::int64_t tile) const { return gated() && tile == 1 ? a_.up : a_.matrix; }
   // The first of the entries of one of a group's two tiles.
   const typename E::T* entries_of(std::int64_t tile, std::int64_t entry, std::int64_t step) const {
-    return entry_at<E>(matrix_of(tile), entry + (gated() ? 0 : tile * kTileRows), step);
+    const typename E::T* first = entry_at<E>(matrix_of(tile), entry + (gated() ? 0 : tile * kTileRows), 0);
+    return first + step * step_;
   }
+  std::int64_t line_of(std::int64_t tile) const { return a_.tiled ? kLineNumbers : matrix_of(tile).stride; }
 
   void run_groups(std::int64_t begin, std::int64_t end, std::int64_t last) const {
     for (std::int64_t step = 0; step < x_.steps; step += x_.block)
@@ -98,36 +92,48 @@ class ManyRowTiles {
   void run_block(const Place& place, const Place& next, float* sums) const {
     const std::int64_t steps = x_.steps_at(place.step);
     const bool ends = place.step + steps >= x_.steps;
-    make_columns(place, steps);
+    const Columns columns = a_.tiled ? columns_at(place) : make_columns(place, steps);
+    Unfinished last;
     for (std::int64_t row = 0; row < x_.rows; row += kPanelRows, sums += kPanelSums) {
       const bool all_rows = row + kPanelRows <= a_.rows;
       const auto* x = reinterpret_cast<const std::uint16_t*>(a_.packed) + x_.offset(place.step, row);
-      float* const y = out_.y + row * out_.stride + place.entry;
+      const std::int64_t at = row * out_.stride + place.entry;
       begin_sums(place.step == 0, sums);
-      multiply(x, steps, ahead_of(next, row, ends && row + 2 * kPanelRows <= a_.rows ? y : nullptr));
-      if (ends && all_rows && !gated() && out_.bias == nullptr && place.count == group_) {
-        store_sums(y, out_.stride, kTileRows, kTileRows * out_.stride);
+      const Ahead ahead = ahead_of(next, row, ends && row + 2 * kPanelRows <= a_.rows ? at : -1);
+      x_.is_whole() ? multiply<true>(x, columns, steps, ahead, last) : multiply<false>(x, columns, steps, ahead, last);
+      finish(last);
+      if (ends && all_rows && goes_to_y() && place.count == group_) {
+        store_sums(out_.y + at, out_.stride, kTileRows, kTileRows * out_.stride);
         continue;
       }
       store_sums(sums, kTileRows, kSumTile, 2 * kSumTile);
-      if (ends) finish(sums, place, row, y);
+      if (ends) last = {sums, place.entry, place.count, 0, min64(kPanelRows, a_.rows - row), row};
     }
+    finish(last);
   }
 
   // Each panel of rows asks for some of the next lines, and for the rows of y that come after its own.
-  Ahead ahead_of(const Place& next, std::int64_t row, float* y) const {
+  Ahead ahead_of(const Place& next, std::int64_t row, std::int64_t y) const {
     const std::int64_t count = ceil_div(kTileRows, x_.rows / kPanelRows), first = row / kPanelRows * count;
-    Ahead ahead{{}, 0, y == nullptr ? nullptr : y + kPanelRows * out_.stride};
+    Ahead ahead{{}, 0, y < 0 ? nullptr : y_bytes() + (y + kPanelRows * out_.stride) * y_size()};
     if (next.count == 0 || first >= kTileRows) return ahead;
     for (std::int64_t tile = 0; tile < 2; ++tile)
-      ahead.lines[static_cast<std::size_t>(tile)] =
-          entries_of(tile, next.entry, next.step) + first * matrix_of(tile).stride;
+      ahead.lines[static_cast<std::size_t>(tile)] = entries_of(tile, next.entry, next.step) + first * line_of(tile);
     ahead.count = min64(count, kTileRows - first);
     return ahead;
   }
 
+  // Where they lie; of a group without a second tile the first one twice.
+  Columns columns_at(const Place& place) const {
+    if constexpr (std::is_same_v<E, Bf16>) {
+      const bool both = gated() || place.count > kTileRows;
+      return {entries_of(0, place.entry, place.step), entries_of(both ? 1 : 0, place.entry, place.step), step_};
+    }
+    return {};  // only numbers of bf16 lie so
+  }
+
   // 32 entries of some steps to [steps][2][16 pairs][16]; those that are not there are zero.
-  void make_columns(const Place& place, std::int64_t steps) const {
+  Columns make_columns(const Place& place, std::int64_t steps) const {
     std::uint16_t* to = entries_;
     for (std::int64_t s = place.step; s < place.step + steps; ++s)
       for (std::int64_t tile = 0; tile < 2; ++tile, to += kTileNumbers) {
@@ -137,10 +143,9 @@ class ManyRowTiles {
             std::clamp<std::int64_t>(place.count - (gated() ? 0 : tile * kTileRows), 0, kTileRows);
         const bool direct = std::is_same_v<E, Bf16> && lines == kTileRows && depth >= kLineNumbers;
         if (!direct) copy_lines(from, stride, lines, depth);
-        const auto* at = direct ? reinterpret_cast<const std::byte*>(from) : reinterpret_cast<const std::byte*>(lines_);
-        const std::int64_t apart = direct ? stride * std::int64_t{sizeof(*from)} : kTileLine;
-        for (std::int64_t c = 0; c < 4; ++c) transpose_pairs(at + 16 * c, apart, to + 4 * c * kLineNumbers);
+        direct ? make_tile(from, stride * std::int64_t{sizeof(*from)}, to) : make_tile(lines_, kTileLine, to);
       }
+    return {entries_, entries_ + kTileNumbers, 2 * kTileNumbers};
   }
 
   void copy_lines(const typename E::T* from, std::int64_t stride, std::int64_t lines, std::int64_t depth) const {
@@ -153,28 +158,46 @@ class ManyRowTiles {
                   QTALE_INLINE_LAMBDA { zero ? zero_tile<i>() : load_tile<i>(sums + i * kSumTile, kTileLine); });
   }
 
-  QTALE_INLINE void multiply(const std::uint16_t* x, std::int64_t steps, const Ahead& ahead) const {
-    const std::uint16_t* entries = entries_;
+  // Vectors finish a panel's sums while tiles are busy with the next one.
+  template <bool Pass>
+  QTALE_INLINE void multiply(const std::uint16_t* x, Columns columns, std::int64_t steps, const Ahead& ahead,
+                             Unfinished& last) const {
+    const auto beside = [&]() QTALE_INLINE_LAMBDA {
+      if (last.row < last.rows) finish_one(last);
+    };
+    const std::int64_t lines[] = {line_of(0), line_of(1)};
     const std::int64_t rows_asked = ahead.y == nullptr ? 0 : ceil_div(kPanelRows, steps);
-    float* y = ahead.y;
-    for (std::int64_t s = 0; s < steps; ++s, x += 2 * kTileNumbers, entries += 2 * kTileNumbers) {
-      load_tile<kFirstTile>(x, kTileLine);
-      load_tile<kSecondTile>(entries, kTileLine);
+    const std::int64_t row_bytes = out_.stride * y_size();
+    const std::byte* y = ahead.y;
+    for (std::int64_t s = 0; s < steps; ++s, x += 2 * kTileNumbers) {
+      load_row_tile<Pass, kFirstTile>(x);
+      load_tile<kSecondTile>(columns.first, kTileLine);
       multiply_bf16_tiles<0, kFirstTile, kSecondTile>();
-      load_tile<kSecondTile + 1>(entries + kTileNumbers, kTileLine);
+      beside();
+      load_tile<kSecondTile + 1>(columns.second, kTileLine);
       multiply_bf16_tiles<1, kFirstTile, kSecondTile + 1>();
+      beside();
       for (std::int64_t i = 0; i < ahead.count; ++i) {
-        ask(ahead.lines[0] + i * a_.matrix.stride + s * kLineNumbers);
-        ask(ahead.lines[1] + i * matrix_of(1).stride + s * kLineNumbers);
+        ask(ahead.lines[0] + i * lines[0] + s * step_);
+        ask(ahead.lines[1] + i * lines[1] + s * step_);
       }
-      load_tile<kFirstTile + 1>(x + kTileNumbers, kTileLine);
+      load_row_tile<Pass, kFirstTile + 1>(x + kTileNumbers);
       multiply_bf16_tiles<2, kFirstTile + 1, kSecondTile>();
-      for (std::int64_t i = 0; i < rows_asked && y < ahead.y + kPanelRows * out_.stride; ++i, y += out_.stride) {
+      beside();
+      for (std::int64_t i = 0; i < rows_asked && y < ahead.y + kPanelRows * row_bytes; ++i, y += row_bytes) {
         __builtin_prefetch(y, 1);
-        if (!gated()) __builtin_prefetch(y + kTileRows, 1);
+        if (!gated()) __builtin_prefetch(y + kTileLine, 1);
       }
       multiply_bf16_tiles<3, kFirstTile + 1, kSecondTile + 1>();
+      beside();
+      columns.first += columns.step;
+      columns.second += columns.step;
     }
+  }
+
+  template <bool Pass, int Tile>
+  QTALE_INLINE static void load_row_tile(const std::uint16_t* from) {
+    Pass ? pass_tile<Tile>(from, kTileLine) : load_tile<Tile>(from, kTileLine);
   }
 
   QTALE_INLINE static void ask(const typename E::T* line) {
@@ -188,23 +211,47 @@ class ManyRowTiles {
     unroll<4>([&](auto i) QTALE_INLINE_LAMBDA { store_tile_sums<i>(to + i % 2 * across + i / 2 * down, bytes); });
   }
 
-  // Sums that do not go to y from their tiles.
-  void finish(const float* sums, const Place& place, std::int64_t row, float* y) const {
-    const std::int64_t rows = min64(kPanelRows, a_.rows - row);
-    for (std::int64_t r = 0; r < rows; ++r, y += out_.stride) {
-      const float* from = sums + r / kTileRows * 2 * kSumTile + r % kTileRows * kTileRows;
-      if (gated()) {
-        const VecF gate = load_f32(from), up = load_f32(from + kSumTile);
-        _mm512_mask_storeu_ps(y, first_lanes(place.count), mul(silu(gate), up));
-        continue;
-      }
-      for (std::int64_t e = 0; e < place.count; e += kTileRows, from += kSumTile) {
-        const __mmask16 there = first_lanes(place.count - e);
-        VecF sum = load_f32(from);
-        if (out_.bias != nullptr) sum = add(sum, _mm512_maskz_loadu_ps(there, out_.bias + place.entry + e));
-        _mm512_mask_storeu_ps(y + e, there, sum);
-      }
+  // Whether sums go to y from their tiles; the others are finished later.
+  bool goes_to_y() const { return !gated() && !out_.adds && out_.bias == nullptr; }
+
+  void finish(Unfinished& u) const {
+    while (u.row < u.rows) finish_one(u);
+  }
+  QTALE_INLINE void finish_one(Unfinished& u) const { gated() ? finish_gated(u) : finish_row(u); }
+
+  std::int64_t place_in_y(const Unfinished& u) const { return (u.first + u.row) * out_.stride + u.entry; }
+  static const float* sums_of(const Unfinished& u) {
+    return u.sums + u.row / kTileRows * 2 * kSumTile + u.row % kTileRows * kTileRows;
+  }
+
+  QTALE_INLINE void finish_gated(Unfinished& u) const {
+    const float* from = sums_of(u);
+    store_gated(mul(silu(load_f32(from)), load_f32(from + kSumTile)), first_lanes(u.count), place_in_y(u));
+    ++u.row;
+  }
+
+  void finish_row(Unfinished& u) const {
+    const float* from = sums_of(u);
+    for (std::int64_t e = 0; e < u.count; e += kTileRows, from += kSumTile) {
+      const __mmask16 there = first_lanes(u.count - e);
+      float* const y = out_.y + place_in_y(u) + e;
+      VecF sum = load_f32(from);
+      if (out_.bias != nullptr) sum = add(sum, _mm512_maskz_loadu_ps(there, out_.bias + u.entry + e));
+      if (out_.adds) sum = add(_mm512_maskz_loadu_ps(there, y), sum);
+      _mm512_mask_storeu_ps(y, there, sum);
     }
+    ++u.row;
+  }
+
+  QTALE_INLINE void store_gated(VecF product, __mmask16 there, std::int64_t at) const {
+    if (out_.rounded == nullptr) return _mm512_mask_storeu_ps(out_.y + at, there, product);
+    const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(product));
+    _mm256_mask_storeu_epi16(out_.rounded + at, there, rounded);
+  }
+  std::int64_t y_size() const { return out_.rounded == nullptr ? 4 : 2; }
+  const std::byte* y_bytes() const {
+    return out_.rounded == nullptr ? reinterpret_cast<const std::byte*>(out_.y)
+                                   : reinterpret_cast<const std::byte*>(out_.rounded);
   }
 
   static __mmask16 first_lanes(std::int64_t count) {
@@ -215,6 +262,7 @@ class ManyRowTiles {
   const ProjectOut& out_;
   RowTiles x_;
   std::int64_t group_;      // entries that are multiplied at once, of each matrix
+  std::int64_t step_;       // numbers from a step of the matrix to the next
   std::uint16_t* entries_;  // columns
   std::uint16_t* lines_;    // 16 entries of one step
   float* sums_;             // [groups][panels][4 tiles]

@@ -173,10 +173,18 @@ std::size_t no_scratch(std::int64_t) { return 0; }
 float as_it_is(float value) { return value; }
 float as_bf16(float value) { return bf16_to_float(float_to_bf16(value)); }
 
+// Where number i of an entry is.
+std::int64_t place_of(std::int64_t stride, bool tiled, std::int64_t entry, std::int64_t i) {
+  if (!tiled) return entry * stride + i;
+  return entry / 16 * 16 * stride + i / 32 * 512 + i % 32 / 2 * 32 + entry % 16 * 2 + i % 2;
+}
+
 template <float (*Round)(float)>
-float product(const ProjectArgs& a, std::int64_t row, std::int64_t entry) {
+float product(const ProjectArgs& a, const RowsIn& matrix, std::int64_t row, std::int64_t entry) {
   float sum = 0.0f;
-  for (std::int64_t i = 0; i < a.depth; ++i) sum += Round(load(a.x, row, i)) * Round(load(a.matrix, entry, i));
+  for (std::int64_t i = 0; i < a.depth; ++i)
+    sum += Round(load(a.x, row, i)) *
+           Round(load_scalar(matrix.data, matrix.dtype, place_of(matrix.stride, a.tiled, entry, i)));
   return sum;
 }
 
@@ -184,7 +192,7 @@ template <float (*Round)(float)>
 void find(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*, Candidates& c) {
   for (std::int64_t entry = begin; entry < end; ++entry) {
     for (std::int64_t row = 0; row < a.rows; ++row) {
-      const float sum = product<Round>(a, row, entry);
+      const float sum = product<Round>(a, a.matrix, row, entry);
       if (!(sum <= c.thresholds[row])) offer(c, row, entry, sum);
     }
   }
@@ -193,8 +201,24 @@ void find(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*
 template <float (*Round)(float)>
 void store_products(const ProjectArgs& a, std::int64_t begin, std::int64_t end, std::byte*, const ProjectOut& out) {
   for (std::int64_t row = 0; row < a.rows; ++row)
-    for (std::int64_t entry = begin; entry < end; ++entry)
-      out.y[row * out.stride + entry] = product<Round>(a, row, entry) + (out.bias ? out.bias[entry] : 0.0f);
+    for (std::int64_t entry = begin; entry < end; ++entry) {
+      const std::int64_t at = row * out.stride + entry;
+      float y = product<Round>(a, a.matrix, row, entry) + (out.bias ? out.bias[entry] : 0.0f);
+      if (a.up.data != nullptr) y = silu_scalar(y) * product<Round>(a, a.up, row, entry);
+      if (out.rounded != nullptr) {
+        out.rounded[at] = float_to_bf16(y);
+      } else {
+        out.y[at] = out.adds ? out.y[at] + y : y;
+      }
+    }
+}
+
+void round_weights(const RoundArgs& a, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t entry = begin; entry < end; ++entry)
+    for (std::int64_t i = 0; i < a.depth; ++i) {
+      const float value = load(a.matrix, entry, i);
+      a.out[place_of(a.depth, a.tiled, entry, i)] = float_to_bf16(std::fabs(value) < FLT_MIN ? value * 0.0f : value);
+    }
 }
 
 void compact(const CompactArgs& a, std::int64_t begin, std::int64_t end) {
@@ -229,6 +253,8 @@ constexpr MatmulKernel kInt16 = {no_workspace, no_prepare, matmul<dot_rounded<2>
 
 template <float (*Round)(float)>
 constexpr ProjectKernel project = {nothing_packed, no_pack, no_scratch, find<Round>, store_products<Round>, 1, 64, 1};
+constexpr ProjectKernel bf16_project = {
+    nothing_packed, no_pack, no_scratch, find<as_bf16>, store_products<as_bf16>, 1, 64, 1, true, round_weights};
 
 }  // namespace
 
@@ -242,7 +268,7 @@ const KernelTable reference_table = {
     &kInt16,
     {no_workspace, no_prepare, matmul<dot_float>, 1, 264},
     project<as_it_is>,
-    &project<as_bf16>,
+    &bf16_project,
     jaccard,
     compact,
     scatter_add,

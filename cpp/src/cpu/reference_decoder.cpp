@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/half.h"
+#include "core/scalar.h"
 #include "cpu/kv_entries.inl"
 
 namespace qtale::cpu {
@@ -41,10 +42,7 @@ void rope_rows(const RopeArgs& a, std::int64_t begin, std::int64_t end) {
 void silu_mul_rows(const SiluArgs& a, std::int64_t begin, std::int64_t end) {
   for (std::int64_t r = begin; r < end; ++r) {
     const float* gate = a.gate_up + r * a.in_stride;
-    for (std::int64_t i = 0; i < a.n; ++i) {
-      const float x = gate[i], e = std::exp(-std::fabs(x));
-      a.out[r * a.out_stride + i] = x * ((x < 0.0f ? e : 1.0f) / (1.0f + e)) * gate[a.n + i];
-    }
+    for (std::int64_t i = 0; i < a.n; ++i) a.out[r * a.out_stride + i] = silu_scalar(gate[i]) * gate[a.n + i];
   }
 }
 

@@ -142,20 +142,25 @@ class Block {
 
   // residual += x times the projection.
   void add(const TensorView& x, const Projection& projection, std::span<const Matrix> next) {
+    if (std::ssize(in_.wanted) == all_rows() && multiply_add(x, projection, in_.residual, spec_.compute)) return;
     const TensorView delta = memory_.matrix(Buffer::delta, x.shape[0], spec_.hidden_size);
     multiply(x, projection, delta, spec_.compute, next);
     scatter_add_rows(delta, indices_of(in_.wanted), nullptr, in_.residual);
   }
 
-  void feed_forward() {
-    const TensorView x = normed(in_.wanted, in_.layer.post_norm);
-    const TensorView activated = memory_.matrix(Buffer::activated, x.shape[0], spec_.intermediate_size);
-    if (!multiply_gated(x, in_.layer.gate_up, activated, spec_.compute)) {
-      const TensorView gate_up = memory_.matrix(Buffer::gate_up, x.shape[0], 2 * spec_.intermediate_size);
-      multiply(x, in_.layer.gate_up, gate_up, spec_.compute, in_.layer.down);
-      silu_mul(gate_up, activated);
-    }
-    add(activated, in_.layer.down, in_.next);
+  void feed_forward() { add(activate(normed(in_.wanted, in_.layer.post_norm)), in_.layer.down, in_.next); }
+
+  // silu(gate) * up; rounded at once where the product that follows would do it.
+  TensorView activate(const TensorView& x) {
+    const std::int64_t rows = x.shape[0], size = spec_.intermediate_size;
+    const DType dtype = is_dense(in_.layer.down) ? DType::bf16 : DType::f32;
+    const TensorView gated = memory_.matrix(Buffer::activated, rows, size, dtype);
+    if (multiply_gated(x, in_.layer.gate_up, gated, spec_.compute)) return gated;
+    const TensorView gate_up = memory_.matrix(Buffer::gate_up, rows, 2 * size);
+    multiply(x, in_.layer.gate_up, gate_up, spec_.compute, in_.layer.down);
+    const TensorView activated = memory_.matrix(Buffer::activated, rows, size);
+    silu_mul(gate_up, activated);
+    return activated;
   }
 
   const BlockInput& in_;

@@ -39,6 +39,9 @@ void check_matrix(const std::string& name, const Matrix& matrix, std::int64_t in
     ops::check_cpu(kOp, weight);
     const std::int64_t found = in_features(matrix);
     if (found != in) fail_input("Decoder: {} takes {} features; expected {}.", name, found, in);
+  } else if (is_tiled(weight)) {
+    ops::check_tiles(kOp, name, weight);
+    if (inputs_of(weight) != in) fail_input("Decoder: {} takes {} features; expected {}.", name, inputs_of(weight), in);
   } else {
     if (weight.rank != 2) fail_input("Decoder: {} has shape {}; expected a matrix.", name, ops::shape_text(weight));
     check_dense(name, weight, weight.shape[0], in);

@@ -20,12 +20,16 @@ bool is_packed(std::span<const Matrix> projection) {
   return std::all_of(projection.begin(), projection.end(), [](const Matrix& matrix) { return is_packed(matrix); });
 }
 
+bool is_dense(std::span<const Matrix> projection) {
+  return std::none_of(projection.begin(), projection.end(), [](const Matrix& matrix) { return is_packed(matrix); });
+}
+
 std::int64_t out_features(const Matrix& matrix) {
-  return is_packed(matrix) ? prepacked_info(matrix.weight).out_features : matrix.weight.shape[0];
+  return is_packed(matrix) ? prepacked_info(matrix.weight).out_features : outputs_of(matrix.weight);
 }
 
 std::int64_t in_features(const Matrix& matrix) {
-  return is_packed(matrix) ? prepacked_info(matrix.weight).in_features : matrix.weight.shape[1];
+  return is_packed(matrix) ? prepacked_info(matrix.weight).in_features : inputs_of(matrix.weight);
 }
 
 std::int64_t out_features(const Projection& projection) {
@@ -38,9 +42,12 @@ Matrix some_outputs(const Matrix& matrix, std::int64_t first, std::int64_t count
   if (count == out_features(matrix)) return matrix;
   if (is_packed(matrix)) fail_input("some_outputs: a packed matrix has no parts; multiply by all of it.");
   Matrix part = matrix;
-  const auto skipped = first * part.weight.strides[0] * size_of(part.weight.dtype);
+  const std::int64_t unit = is_tiled(matrix.weight) ? kTileOutputs : 1;
+  if (first % unit != 0 || count % unit != 0)
+    fail_input("some_outputs: outputs {} to {} are no whole tiles of {}.", first, first + count, unit);
+  const auto skipped = first / unit * part.weight.strides[0] * size_of(part.weight.dtype);
   part.weight.data = part.weight.as<std::byte>() + skipped;
-  part.weight.shape[0] = count;
+  part.weight.shape[0] = count / unit;
   if (part.bias) part.bias = TensorView::vector(part.bias->as<float>() + first, DType::f32, count);
   return part;
 }
@@ -71,10 +78,16 @@ void multiply(const TensorView& x, const Projection& projection, const TensorVie
   if (!packed.empty()) qmatmul(x, packed, compute, following);
 }
 
+bool multiply_add(const TensorView& x, const Projection& projection, const TensorView& y, Compute compute) {
+  if (projection.size() != 1 || is_packed(projection[0]) || projection[0].bias) return false;
+  return matmul_add(x, projection[0].weight, y, compute);
+}
+
 bool multiply_gated(const TensorView& x, const Projection& gate_up, const TensorView& y, Compute compute) {
   const std::int64_t count = y.shape[1];
   if (gate_up.size() != 1 || is_packed(gate_up[0]) || gate_up[0].bias || out_features(gate_up[0]) != 2 * count)
     return false;
+  if (is_tiled(gate_up[0].weight) && count % kTileOutputs != 0) return false;
   const Matrix gate = some_outputs(gate_up[0], 0, count), up = some_outputs(gate_up[0], count, count);
   return gated_matmul(x, gate.weight, up.weight, y, compute);
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/half.h"
 #include "qtale/decoder_ops.h"
 #include "qtale/device.h"
 
@@ -27,11 +26,8 @@ LayerRouter::LayerRouter(const Router& router, Compute rounding)
   const std::int64_t rows = router.w1.shape[0], hidden = router.w1.shape[1];
   if (compute_of(rounding, hidden) != Compute::bfloat16) return;
   rounded_.resize(static_cast<std::size_t>(rows * hidden));
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const float* from = router.w1.as<float>() + r * router.w1.strides[0];
-    std::transform(from, from + hidden, rounded_.begin() + r * hidden, float_to_bf16);
-  }
   matrix_ = TensorView::matrix(rounded_.data(), DType::bf16, rows, hidden);
+  round_weights(router.w1, matrix_);
 }
 
 std::int64_t LayerRouter::bytes() const {

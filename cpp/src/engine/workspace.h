@@ -24,11 +24,11 @@ enum class Buffer : std::uint8_t {
 
 class Workspace {
  public:
-  // [rows, cols] f32, contents undefined; what the same name gave before is gone.
-  TensorView matrix(Buffer name, std::int64_t rows, std::int64_t cols) {
+  // [rows, cols], contents undefined; what the same name gave before is gone.
+  TensorView matrix(Buffer name, std::int64_t rows, std::int64_t cols, DType dtype = DType::f32) {
     auto& scratch = buffers_[static_cast<std::size_t>(name)];
-    std::byte* memory = scratch.reserve(static_cast<std::size_t>(rows * cols) * sizeof(float));
-    return TensorView::matrix(memory, DType::f32, rows, cols);
+    std::byte* memory = scratch.reserve(static_cast<std::size_t>(rows * cols * size_of(dtype)));
+    return TensorView::matrix(memory, dtype, rows, cols);
   }
 
  private:

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "core/text.h"
+#include "qtale/decoder_ops.h"
 #include "qtale/parallel.h"
 
 namespace qtale::ops {
@@ -44,6 +45,14 @@ void check_float_matrix(std::string_view op, std::string_view name, const Tensor
   check_float(op, name, t);
   check_matrix(op, name, t);
   check_cpu(op, t);
+}
+
+void check_tiles(std::string_view op, std::string_view name, const TensorView& t) {
+  check_dtype(op, name, t, DType::bf16);
+  check_cpu(op, t);
+  if (t.rank != 4 || t.shape[2] != kTileOutputs || t.shape[3] != kTileInputs)
+    fail_input("{}: {} has shape {}; expected tiles [out / 16, in / 32, 16, 32].", op, name, shape_text(t));
+  check_contiguous(op, name, t);
 }
 
 void check_heads(std::string_view op, std::string_view name, const TensorView& t, int rank) {

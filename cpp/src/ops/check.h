@@ -20,6 +20,8 @@ void check_matrix(std::string_view op, std::string_view name, const TensorView& 
 void check_matrix(std::string_view op, std::string_view name, const TensorView& t, DType dtype);
 // Such a matrix on the CPU, of float32, float16 or bfloat16.
 void check_float_matrix(std::string_view op, std::string_view name, const TensorView& t);
+// Weights in tiles on the CPU, see decoder_ops.h.
+void check_tiles(std::string_view op, std::string_view name, const TensorView& t);
 // Float32 on the CPU of `rank` dimensions (0: two or three) of which the last is contiguous.
 void check_heads(std::string_view op, std::string_view name, const TensorView& t, int rank = 0);
 // [size] on the CPU, contiguous.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qtale import _core, names
 from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.safetensors import STORED_FLOATS, TensorInfo
-from qtale.engine.regions import FIXED, Layout, Source
+from qtale.engine.regions import FIXED, TILE, Layout, Source
 from qtale.engine.spec import DecoderSpec
 from qtale.errors import CheckpointError, InputError, UnsupportedError
 from qtale.format.tensors import PACKED, SCALE, SHAPE, ZERO_POINT, packed_modules
@@ -55,7 +55,8 @@ class WeightOptions:
 def plan_layout(folder: ModelFolder, spec: DecoderSpec, options: WeightOptions, compute: str = "int8") -> Layout:
     """The layout of a folder's weights for the kernels of this CPU.
 
-    Matrices that stay floats are kept in bfloat16 where ``compute`` multiplies such numbers, but for an embedding.
+    Matrices that stay floats are kept in bfloat16 where ``compute`` multiplies such numbers, but for an embedding; in
+    tiles where the kernels of this CPU multiply them so.
     Raises CheckpointError where tensors are missing or do not fit config.json, InputError for options that do not fit
     the model, UnsupportedError for tensors of kinds that the engine does not read.
     """
@@ -136,7 +137,8 @@ class _Planner:
             )
         spec, stored = packed.spec if packed else quantize, STORED_FLOATS[dtype]
         rounds = self.compute == "bfloat16" and spec is None and module != EMBEDDING
-        return Source(module, rows, cols, "bfloat16" if rounds else stored, spec, packed, nbytes, stored)
+        tiled = rounds and _core.has_tiles() and rows % TILE[0] == 0 and cols % TILE[1] == 0
+        return Source(module, rows, cols, "bfloat16" if rounds else stored, spec, packed, nbytes, stored, tiled)
 
     def _tensor(self, name: str) -> TensorInfo:
         self.used.add(name)

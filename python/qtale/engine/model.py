@@ -214,4 +214,4 @@ def _form(block: Block) -> tuple[str, tuple[int, ...]]:
         return "float32", (block.nbytes // 4,)
     if block.sources[0].spec is not None:
         return "uint8", (block.nbytes,)
-    return block.sources[0].dtype, (block.rows, block.cols)
+    return block.sources[0].dtype, block.dense_shape

@@ -13,11 +13,21 @@ from qtale.spec import ResolvedSpec
 FIXED = "fixed"
 
 
+# Outputs and inputs of the tiles in which the core multiplies bfloat16 numbers.
+TILE = (16, 32)
+
+
+def dense_shape(rows: int, cols: int, tiled: bool) -> tuple[int, ...]:
+    """The shape of a matrix that is not quantized, as the core takes it."""
+    return (rows // TILE[0], cols // TILE[1], *TILE) if tiled else (rows, cols)
+
+
 @dataclass(frozen=True)
 class Source:
     """A matrix on disk: ``spec`` says how it is, or is to be, quantized; ``dtype`` is of its scales, or its own.
 
-    ``nbytes`` are those of its tensors. Without a spec ``stored`` is their dtype, and ``dtype`` what it is kept in.
+    ``nbytes`` are those of its tensors. Without a spec ``stored`` is their dtype, and ``dtype`` what it is kept in,
+    ``tiled`` in tiles that the core multiplies.
     """
 
     module: str
@@ -28,22 +38,23 @@ class Source:
     packed: PackedModule | None
     nbytes: int
     stored: str
+    tiled: bool = False
 
     @property
-    def is_rounded(self) -> bool:
-        """Whether reading rounds it to another float type."""
-        return self.spec is None and self.dtype != self.stored
+    def is_stored(self) -> bool:
+        """Whether memory holds the bytes that the disk does."""
+        return self.spec is None and self.dtype == self.stored and not self.tiled
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes in memory without a spec."""
-        return self.rows * self.cols * 2 if self.is_rounded else self.nbytes
+        return self.nbytes if self.is_stored else self.rows * self.cols * 2
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Equal for matrices that can be one, their rows side by side."""
         if self.spec is None:
-            return (self.dtype,)
+            return (self.dtype, self.tiled)
         return (self.dtype, self.spec.num_bits, self.spec.groups(self.cols), self.spec.symmetric)
 
 
@@ -69,6 +80,11 @@ class Block:
     def cols(self) -> int:
         """Columns of the matrix."""
         return self.sources[0].cols
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Of a matrix without a spec, as the core takes it."""
+        return dense_shape(self.rows, self.cols, self.sources[0].tiled)
 
     @property
     def groups(self) -> int:
@@ -151,6 +167,6 @@ def _workspace(block: Block) -> int:
     if not block.sources:
         return 0
     if block.sources[0].spec is None:
-        return max(source.nbytes if source.is_rounded else 0 for source in block.sources)
+        return max(0 if source.is_stored else source.nbytes for source in block.sources)
     largest = max(source.nbytes for source in block.sources)
     return block.rows * (block.cols + 5 * block.groups) + largest

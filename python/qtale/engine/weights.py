@@ -12,7 +12,7 @@ from qtale import _core
 from qtale.checkpoint.folder import ModelFolder
 from qtale.checkpoint.safetensors import read_into
 from qtale.engine.arena import Arena, memory_of
-from qtale.engine.regions import Block, Layout, Source
+from qtale.engine.regions import Block, Layout, Source, dense_shape
 from qtale.errors import CheckpointError, Error, InputError
 from qtale.format.tensors import PACKED, SCALE, ZERO_POINT
 from qtale.memory import host
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # Numbers of 16 bits that numpy cannot compute with are moved as what they weigh.
 _CARRIERS = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-_ROUNDED_AT_ONCE = 1 << 17
 
 
 def check_memory(layout: Layout, where: str, available: Callable[[], int | None] = host.available) -> None:
@@ -61,7 +60,7 @@ def fill_block(folder: ModelFolder, block: Block, target: npt.NDArray[np.uint8])
         at = 0
         for source in block.sources:
             part = target[at : at + source.dense_nbytes]
-            (_read_rounded if source.is_rounded else _read_dense)(folder, source, part)
+            (_read_dense if source.is_stored else _read_rounded)(folder, source, part)
             at += source.dense_nbytes
     else:
         _fill_packed(folder, block, target)
@@ -82,18 +81,10 @@ def _read_dense(folder: ModelFolder, source: Source, target: npt.NDArray[np.uint
 def _read_rounded(folder: ModelFolder, source: Source, target: npt.NDArray[np.uint8]) -> None:
     stored = np.empty(source.nbytes, dtype=np.uint8)
     _read_dense(folder, source, stored)
-    numbers, rounded = stored.view(_CARRIERS[source.stored]), target.view(np.uint16)
-    for start in range(0, numbers.size, _ROUNDED_AT_ONCE):
-        piece = slice(start, start + _ROUNDED_AT_ONCE)
-        rounded[piece] = _to_bfloat16(numbers[piece].astype(np.float32))
-
-
-def _to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The nearest numbers, of two the even one; NaN stays NaN, and what is no normal number is zero as in products."""
-    bits = values.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    rounded = np.where(np.abs(values) < np.finfo(np.float32).tiny, (bits >> 16) & 0x8000, rounded)
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+    _core.round_weights(
+        memory_of(stored, source.stored, (source.rows, source.cols)),
+        memory_of(target, "bfloat16", dense_shape(source.rows, source.cols, source.tiled)),
+    )
 
 
 def _fill_packed(folder: ModelFolder, block: Block, target: npt.NDArray[np.uint8]) -> None:
