@@ -272,7 +272,8 @@ TEST_CASE("matmul: bfloat16 is refused where it cannot be had") {
     INFO(isa);
     if (has_bfloat16()) {
       CHECK(refused(2).empty());
-      CHECK(refused(3) == "matmul: bfloat16 numbers are multiplied by pairs, but x has 3 features; compute in float.");
+      CHECK(refused(3) ==
+            "matmul: bfloat16 numbers are multiplied by pairs, but there are 3 features; compute in float.");
     } else {
       CHECK(refused(2) ==
             "matmul: " + isa + " has no products of bfloat16 numbers (AVX-512 BF16 has); compute in float.");

@@ -1,5 +1,4 @@
-// Weights in tiles, and products that go on as they are stored: bit for bit what matmul and the operators after it
-// give.
+// Weights in tiles: bit for bit the products of those in rows.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -7,70 +6,20 @@
 
 #include "catch.h"
 #include "guarded.h"
-#include "qtale/decoder_ops.h"
-#include "qtale/device.h"
-#include "support.h"
+#include "tiled.h"
 #include "tiny_decoder.h"
 
 namespace qtale::test {
 namespace {
 
-struct Size {
-  std::int64_t out, in;
-};
-// One tile, odd numbers of tiles, depths of one block and of several.
-constexpr Size kSizes[] = {{16, 32}, {48, 96}, {80, 288}, {96, 576}, {176, 608}, {304, 1408}};
 // Within one tile of rows, within one panel, and in several.
 constexpr std::int64_t kRows[] = {0, 1, 2, 15, 16, 17, 31, 32, 33, 64, 70, 300};
-
-// The tiers that multiply weights in tiles: the scalar one, and AMX where this CPU has it.
-bool takes_tiles(const std::string& isa) { return isa == "reference" || isa == "avx512_amx"; }
-
-// Calls fn(isa) with each of them in use; the scalar one is spared what would take long.
-template <class Fn>
-void with_tiles(std::int64_t products, Fn&& fn) {
-  for (const std::string& isa : cpu_isas()) {
-    if (!takes_tiles(isa) || (isa == "reference" && products > 1'000'000)) continue;
-    const IsaScope scope(isa);
-    fn(isa);
-  }
-}
 
 bool has_amx() {
   for (const std::string& isa : cpu_isas())
     if (isa == "avx512_amx") return true;
   WARN("skipped: this CPU or its system has no AMX");
   return false;
-}
-
-TensorView tiles_of(void* data, const Size& size) {
-  TensorView t;
-  t.data = data;
-  t.dtype = DType::bf16;
-  t.rank = 4;
-  t.shape = {size.out / kTileOutputs, size.in / kTileInputs, kTileOutputs, kTileInputs};
-  t.strides = {size.in * kTileOutputs, kTileOutputs * kTileInputs, kTileInputs, 1};
-  return t;
-}
-TensorView tiles_of(Floats& memory, const Size& size) { return tiles_of(memory.data(), size); }
-
-Floats tiled(const Floats& weight, const Size& size) {
-  Floats out(DType::bf16, weight.size());
-  round_weights(weight.matrix(size.out, size.in), tiles_of(out, size));
-  return out;
-}
-
-Floats rounded(const Floats& values) {
-  Floats out(DType::bf16, values.size());
-  for (std::int64_t i = 0; i < values.size(); ++i) out.set(i, values.get(i));
-  return out;
-}
-
-Floats product(const TensorView& x, const TensorView& weight, const Floats* bias, std::int64_t rows, std::int64_t out) {
-  Floats y(DType::f32, rows * out);
-  const TensorView bias_view = bias == nullptr ? TensorView{} : bias->vector();
-  matmul(x, weight, bias == nullptr ? nullptr : &bias_view, y.matrix(rows, out), Compute::bfloat16);
-  return y;
 }
 
 std::uint16_t bits_of(float value) {
@@ -104,6 +53,25 @@ TEST_CASE("round_weights: the nearest numbers in rows, and in tiles where their 
       CHECK(wrong == 0);
     }
   }
+}
+
+TEST_CASE("round_weights: tiles may begin anywhere") {
+  constexpr Size kSize{32, 64};
+  Random random(207);
+  const Floats weight = normal_floats(random, DType::f32, kSize.out * kSize.in);
+  with_tiles(0, [&](const std::string& isa) {
+    Floats moved(DType::bf16, weight.size() + 8), expected = tiled(weight, kSize);
+    auto* const place = static_cast<std::byte*>(moved.data()) + 2 * 5;
+    round_weights(weight.matrix(kSize.out, kSize.in), tiles_of(place, kSize));
+    INFO(isa);
+    CHECK(std::memcmp(place, expected.data(), static_cast<std::size_t>(2 * weight.size())) == 0);
+    for (const std::int64_t rows : {3, 40}) {
+      const Floats x = normal_floats(random, DType::f32, rows * kSize.in);
+      const TensorView in = x.matrix(rows, kSize.in);
+      CHECK(first_difference(product(in, tiles_of(place, kSize), nullptr, rows, kSize.out),
+                             product(in, tiles_of(expected, kSize), nullptr, rows, kSize.out)) == -1);
+    }
+  });
 }
 
 TEST_CASE("round_weights: rows may be apart and of any even length; NaN stays, tiny numbers become zero") {
@@ -150,6 +118,29 @@ TEST_CASE("matmul: weights in tiles give the bits of those in rows") {
     }
 }
 
+TEST_CASE("matmul: NaN and infinity in tiles reach their own products only") {
+  constexpr Size kSize{48, 96};
+  with_tiles(0, [&](const std::string& isa) {
+    Floats weight(DType::f32, kSize.out * kSize.in);
+    for (std::int64_t i = 0; i < weight.size(); ++i) weight.set(i, 1.0f);
+    weight.set(5 * kSize.in + 33, NAN);
+    weight.set(47 * kSize.in + 95, std::numeric_limits<float>::infinity());
+    Floats tiles = tiled(weight, kSize);
+    for (const std::int64_t rows : {2, 20, 70}) {
+      Floats x(DType::f32, rows * kSize.in);
+      for (std::int64_t i = 0; i < x.size(); ++i) x.set(i, 1.0f);
+      const Floats y = product(x.matrix(rows, kSize.in), tiles_of(tiles, kSize), nullptr, rows, kSize.out);
+      std::int64_t wrong = 0;
+      for (std::int64_t i = 0; i < y.size(); ++i) {
+        const std::int64_t o = i % kSize.out;
+        wrong += o == 5 ? !std::isnan(y.get(i)) : o == 47 ? !std::isinf(y.get(i)) : y.get(i) != 96.0f;
+      }
+      INFO(isa << " " << rows << " rows");
+      CHECK(wrong == 0);
+    }
+  });
+}
+
 TEST_CASE("matmul: weights in tiles, the same bits for any number of threads", "[amx][threads]") {
   if (!has_amx()) return;
   const IsaScope scope("avx512_amx");
@@ -167,63 +158,6 @@ TEST_CASE("matmul: weights in tiles, the same bits for any number of threads", "
                              expected) == -1);
     }
   }
-}
-
-TEST_CASE("gated_matmul: weights in tiles and a result in bf16 have the bits of silu_mul") {
-  Random random(204);
-  for (const Size& size : kSizes)
-    for (const std::int64_t rows : {33, 64, 70, 300, 1030}) {
-      const Size both_size{2 * size.out, size.in};
-      const Floats both = normal_floats(random, DType::f32, both_size.out * size.in, 0.1f);
-      const Floats x = normal_floats(random, DType::f32, rows * size.in);
-      with_tiles(2 * rows * size.out * size.in, [&](const std::string& isa) {
-        Floats tiles = tiled(both, both_size);
-        const TensorView in = x.matrix(rows, size.in), in_rows = both.matrix(2 * size.out, size.in);
-        const Floats products = product(in, in_rows, nullptr, rows, 2 * size.out);
-        Floats expected(DType::f32, rows * size.out);
-        silu_mul(products.matrix(rows, 2 * size.out), expected.matrix(rows, size.out));
-        const TensorView gates[] = {tiles_of(tiles, size), both.matrix(size.out, size.in)};
-        TensorView ups[] = {gates[0], gates[1]};
-        for (TensorView& up : ups) up.data = up.as<std::byte>() + size.out * size.in * size_of(up.dtype);
-        for (int form = 0; form < 2; ++form) {
-          Floats y(DType::f32, rows * size.out), half(DType::bf16, rows * size.out);
-          REQUIRE(gated_matmul(in, gates[form], ups[form], y.matrix(rows, size.out), Compute::bfloat16));
-          REQUIRE(gated_matmul(in, gates[form], ups[form], half.matrix(rows, size.out), Compute::bfloat16));
-          INFO(isa << " " << rows << " rows, " << size.out << " x " << size.in << ", form " << form);
-          CHECK(first_difference(y, expected) == -1);
-          CHECK(first_difference(half, rounded(expected)) == -1);
-        }
-      });
-    }
-}
-
-TEST_CASE("matmul_add: has the bits of matmul and an addition, or does nothing") {
-  Random random(205);
-  for (const Size& size : {Size{16, 32}, Size{97, 130}, Size{176, 608}, Size{300, 1400}})
-    for (const std::int64_t rows : {5, 33, 70, 600}) {
-      const Floats weight = normal_floats(random, DType::f16, size.out * size.in);
-      const Floats x = normal_floats(random, DType::f32, rows * size.in);
-      const Floats before = normal_floats(random, DType::f32, rows * (size.out + 3));
-      for (const std::string& isa : cpu_isas()) {
-        if (isa == "reference" && rows > 100) continue;
-        const IsaScope scope(isa);
-        Floats y = before, expected = before;
-        TensorView to = y.matrix(rows, size.out + 3);
-        to.shape[1] = size.out;
-        const bool done = matmul_add(x.matrix(rows, size.in), weight.matrix(size.out, size.in), to, Compute::bfloat16);
-        INFO(isa << " " << rows << " rows, " << size.out << " x " << size.in);
-        CHECK(done == (isa == "reference" || (isa == "avx512_amx" && rows > 32)));
-        if (done) {
-          const Floats sums =
-              product(x.matrix(rows, size.in), weight.matrix(size.out, size.in), nullptr, rows, size.out);
-          for (std::int64_t i = 0; i < sums.size(); ++i) {
-            const std::int64_t at = i / size.out * (size.out + 3) + i % size.out;
-            expected.set(at, before.get(at) + sums.get(i));
-          }
-        }
-        CHECK(first_difference(y, expected) == -1);
-      }
-    }
 }
 
 #ifdef __linux__
@@ -290,6 +224,8 @@ TEST_CASE("matmul: weights in tiles and x in bf16 are refused where they cannot 
   const TensorView tiles = tiles_of(weight, kSize), rows = weight.matrix(16, 32);
   TensorView wrong = tiles;
   wrong.shape[2] = 8;
+  TensorView empty = tiles;
+  empty.shape[1] = 0;
   for (const std::string& isa : cpu_isas()) {
     const IsaScope scope(isa);
     INFO(isa);
@@ -298,6 +234,7 @@ TEST_CASE("matmul: weights in tiles and x in bf16 are refused where they cannot 
     CHECK(refused(half.matrix(2, 32), rows, Compute::floating).find("x in bfloat16 is for compute bfloat16") !=
           std::string::npos);
     CHECK(refused(x.matrix(2, 32), wrong, Compute::bfloat16).find("expected tiles [out / 16") != std::string::npos);
+    CHECK(refused(x.matrix(2, 0), empty, Compute::bfloat16).find("of some inputs") != std::string::npos);
     if (!has_bfloat16()) continue;
     CHECK(refused(x.matrix(2, 32), tiles, Compute::bfloat16).empty() == takes_tiles(isa));
     CHECK(refused(half.matrix(2, 32), rows, Compute::bfloat16).empty() == takes_tiles(isa));

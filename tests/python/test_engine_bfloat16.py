@@ -17,6 +17,7 @@ from qtale.engine.layout import WeightOptions, plan_layout
 from qtale.engine.regions import Block, Layout
 from qtale.engine.spec import read_spec
 from qtale.engine.weights import read_weights
+from qtale.errors import InputError
 
 LAYER = "model.layers.1"
 
@@ -94,6 +95,47 @@ def test_logits_are_those_of_rounded_weights(tmp_path: Path) -> None:
     rounded = save_model(model, tmp_path / "rounded", tokenizer=False)
     mine, theirs = (qtale.load(path, compute="bfloat16").logits(ids_of(60)) for path in (stored, rounded))
     np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.skipif(not _core.has_tiles(), reason="this CPU has no tiles")
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 64, "intermediate_size": 96},
+        {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 1},  # keys are no whole tiles
+        {"hidden_size": 64, "intermediate_size": 104, "mlp_bias": True},
+    ],
+)
+def test_tiles_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, object]) -> None:
+    path = save_model(make_model("llama", **sizes), tmp_path / "model", tokenizer=False)
+    kept = {"cache": tmp_path / "cache"}
+    tiled = [qtale.load(path, compute="bfloat16", **kept) for _ in range(2)]
+    assert [engine.load_report.from_cache for engine in tiled] == [False, True]
+    monkeypatch.setattr("qtale.engine.layout._core.has_tiles", lambda: False)
+    rows = qtale.load(path, compute="bfloat16", **kept)
+    assert not rows.load_report.from_cache
+    for count in (1, 20, 100):
+        expected = rows.logits(ids_of(count))
+        for engine in tiled:
+            np.testing.assert_array_equal(engine.logits(ids_of(count)), expected)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_odd_numbers_of_inputs_are_refused_at_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model("llama", intermediate_size=97).to(dtype)
+    with pytest.raises(InputError, match=r"down_proj takes 97 inputs.*compute 'float'"):
+        qtale.load(save_model(model, tmp_path / "model", tokenizer=False), compute="bfloat16")
+
+
+@needs_bfloat16
+def test_a_matrix_is_converted_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_model(make_model("llama"), tmp_path / "model", tokenizer=False)
+    expected = qtale.load(path, compute="bfloat16").logits(ids_of(40))
+    monkeypatch.setattr("qtale.engine.regions._CONVERTED_BYTES", 5000)
+    layout = planned(open_folder(path), WeightOptions(), "bfloat16")
+    assert 0 < layout.workspace <= 16 * 96 * 4
+    np.testing.assert_array_equal(qtale.load(path, compute="bfloat16").logits(ids_of(40)), expected)
 
 
 @needs_bfloat16

@@ -12,9 +12,9 @@
 
 namespace qtale {
 
-// Weights that are not quantized lie as a matrix [out, in], or, where bfloat16 numbers are multiplied in tiles (see
-// has_tiles), as such: [out / 16, in / 32, 16, 32] bf16, contiguous, in which the pair of inputs 2 * i and 2 * i + 1 of
-// output o of a tile are at [i, 2 * o] and the place after it.
+// Weights that are not quantized lie as a matrix [out, in], or, for products of bfloat16 numbers where that pays (see
+// has_tiles), in tiles: [out / 16, in / 32, 16, 32] bf16, contiguous, in which inputs 2 * i and 2 * i + 1 of output o
+// of a tile are at [i, 2 * o] and the place after it.
 inline constexpr std::int64_t kTileOutputs = 16, kTileInputs = 32;
 inline bool is_tiled(const TensorView& weight) { return weight.rank == 4; }
 inline std::int64_t outputs_of(const TensorView& weight) {

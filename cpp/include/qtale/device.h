@@ -22,7 +22,8 @@ std::vector<std::string> cpu_isas();
 std::string cpu_isa();
 // Whether it multiplies bfloat16 numbers, as Compute::bfloat16 asks for.
 bool has_bfloat16();
-// Whether it multiplies many rows in tiles (AMX), for which qmatmul keeps codes of activations in a second form.
+// Whether it multiplies many rows in tiles (AMX): qmatmul keeps codes of activations in a second form for them, and
+// matmul in bfloat16 is faster with weights that lie in tiles.
 bool has_tiles();
 // For tests and benchmarks: switches the instruction set of the calling process.
 void set_cpu_isa(const std::string& name);

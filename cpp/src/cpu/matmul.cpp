@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/project.h"
 #include "cpu/scratch.h"
+#include "qtale/decoder_ops.h"
 #include "qtale/parallel.h"
 
 namespace qtale::cpu {
@@ -14,15 +15,15 @@ namespace {
 constexpr std::int64_t kPackGrain = 65536;  // elements of x worth a second thread
 constexpr std::int64_t kRunGrain = 65536;   // multiply-adds worth a second thread: few rows wait for memory
 
-const ProjectKernel& bf16_kernel(std::int64_t in_features, bool tiled) {
+const ProjectKernel& bf16_kernel(const char* op, std::int64_t in_features, bool tiled) {
   const KernelTable& table = kernels();
   if (table.bf16_project == nullptr)
-    fail_input("matmul: {} has no products of bfloat16 numbers (AVX-512 BF16 has); compute in float.", table.name);
+    fail_input("{}: {} has no products of bfloat16 numbers (AVX-512 BF16 has); compute in float.", op, table.name);
   if (in_features % 2 != 0)
-    fail_input("matmul: bfloat16 numbers are multiplied by pairs, but x has {} features; compute in float.",
+    fail_input("{}: bfloat16 numbers are multiplied by pairs, but there are {} features; compute in float.", op,
                in_features);
   if (tiled && !table.bf16_project->tiles)
-    fail_input("matmul: {} reads no weights that lie in tiles (AMX does); give them in rows.", table.name);
+    fail_input("{}: {} reads no weights that lie in tiles (AMX does); give them in rows.", op, table.name);
   return *table.bf16_project;
 }
 
@@ -34,7 +35,7 @@ const ProjectKernel& kernel_for(const DenseProduct& p, Compute compute) {
     if (rounded) fail_input("matmul: x in bfloat16 is for compute bfloat16; give it in float32 to compute otherwise.");
     return kernels().project;
   }
-  const ProjectKernel& kernel = bf16_kernel(p.depth, p.tiled);
+  const ProjectKernel& kernel = bf16_kernel("matmul", p.depth, p.tiled);
   if (rounded && !kernel.tiles)
     fail_input("matmul: {} takes no x in bfloat16 (AMX does); give it in float32.", kernels().name);
   return kernel;
@@ -79,8 +80,8 @@ void matmul(const DenseProduct& p, Compute compute) {
 }
 
 void round_weights(const RoundArgs& args, std::int64_t entries) {
-  constexpr std::int64_t kTile = 16, kGrain = 1 << 16;
-  const ProjectKernel& kernel = bf16_kernel(args.depth, args.tiled);
+  constexpr std::int64_t kTile = kTileOutputs, kGrain = 1 << 16;
+  const ProjectKernel& kernel = bf16_kernel("round_weights", args.depth, args.tiled);
   parallel_for(ceil_div(entries, kTile), ceil_div(kGrain, kTile * std::max<std::int64_t>(1, args.depth)),
                [&](std::int64_t first, std::int64_t last) {
                  kernel.round(args, first * kTile, std::min(last * kTile, entries));

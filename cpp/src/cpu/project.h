@@ -10,7 +10,7 @@
 namespace qtale::cpu {
 
 // Calls fn(row, count) for the rows of x that one pass over the matrix takes, which bounds the memory. Passes are even:
-// a short last one would be multiplied as few rows are, which takes longer and knows no gates.
+// a short last one would be multiplied as few rows are, which takes longer and neither gates nor adds.
 template <class Fn>
 void for_passes(const ProjectKernel& kernel, std::int64_t rows, Fn&& fn) {
   constexpr std::int64_t kMostRows = 512;

@@ -207,7 +207,7 @@ inline void store_tiles(const ProjectArgs& a, std::int64_t begin, std::int64_t e
   if (a.tiled && a.rows <= kPanelRows) return FewRowsOfTiles<2>(a, scratch, out).run(begin, end);
   with_type(a.matrix.dtype, [&](auto element) {
     using E = decltype(element);
-    if (are_columns(a)) return store_few<E>(a, begin, end, scratch, Store{out});  // never gated
+    if (are_columns(a)) return store_few<E>(a, begin, end, scratch, Store{out});  // never gated or added
     ManyRowTiles<E>(a, scratch, out).run(begin, end);
   });
 }

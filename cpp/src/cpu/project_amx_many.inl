@@ -58,8 +58,9 @@ class ManyRowTiles {
   // Sums of a panel that are not in y yet, from `row` on.
   struct Unfinished {
     const float* sums = nullptr;
-    std::int64_t entry = 0, count = 0;
-    std::int64_t row = 0, rows = 0, first = 0;  // of x, those in the panel, and the first of them
+    std::int64_t entry = 0, count = 0;  // the first of its entries, and how many
+    std::int64_t row = 0, rows = 0;     // within the panel
+    std::int64_t first = 0;             // row of x, of the panel
   };
   // What a product asks for in advance, of the next one: lines of both its tiles, and y, which it writes.
   struct Ahead {

@@ -7,12 +7,14 @@
 
 #include "cpu/amx.inl"
 #include "cpu/project_bf16.inl"
+#include "qtale/decoder_ops.h"
 
 namespace qtale::cpu::projection {
 namespace {
 
 constexpr std::int64_t kPanelRows = 2 * kTileRows;  // of x, that are multiplied at once
 constexpr std::int64_t kFewLanes = 4;               // rows of x that have narrow tiles
+static_assert(kTileRows == kTileOutputs && kLineNumbers == kTileInputs);
 
 // Up to 32 rows as columns [steps][tiles][16 pairs][lanes] of pairs, zeros behind the last number and, within a tile,
 // the last row.
@@ -116,7 +118,7 @@ const typename E::T* entry_at(const RowsIn& matrix, std::int64_t entry, std::int
   return static_cast<const typename E::T*>(matrix.data) + entry * matrix.stride + step * kLineNumbers;
 }
 
-// Four columns of 32-bit pairs of 16 lines, side by side.
+// Four columns of 32-bit pairs of 16 lines, side by side; `to` may be the caller's memory, on no line.
 QTALE_INLINE void transpose_pairs(const std::byte* from, std::int64_t stride, std::uint16_t* to) {
   const auto quad = [&](std::int64_t line) QTALE_INLINE_LAMBDA {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + line * stride));
@@ -130,10 +132,10 @@ QTALE_INLINE void transpose_pairs(const std::byte* from, std::int64_t stride, st
   });
   const __m512i low01 = _mm512_unpacklo_epi32(lines[0], lines[1]), high01 = _mm512_unpackhi_epi32(lines[0], lines[1]);
   const __m512i low23 = _mm512_unpacklo_epi32(lines[2], lines[3]), high23 = _mm512_unpackhi_epi32(lines[2], lines[3]);
-  _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
-  _mm512_store_si512(to + kLineNumbers, _mm512_unpackhi_epi64(low01, low23));
-  _mm512_store_si512(to + 2 * kLineNumbers, _mm512_unpacklo_epi64(high01, high23));
-  _mm512_store_si512(to + 3 * kLineNumbers, _mm512_unpackhi_epi64(high01, high23));
+  _mm512_storeu_si512(to, _mm512_unpacklo_epi64(low01, low23));
+  _mm512_storeu_si512(to + kLineNumbers, _mm512_unpackhi_epi64(low01, low23));
+  _mm512_storeu_si512(to + 2 * kLineNumbers, _mm512_unpacklo_epi64(high01, high23));
+  _mm512_storeu_si512(to + 3 * kLineNumbers, _mm512_unpackhi_epi64(high01, high23));
 }
 
 // A tile of 16 lines of bf16 that become its columns.

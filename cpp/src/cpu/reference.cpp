@@ -9,6 +9,7 @@
 #include "cpu/kernels.h"
 #include "cpu/solve.h"
 #include "cpu/topk.h"
+#include "qtale/decoder_ops.h"
 
 namespace qtale::cpu {
 namespace {
@@ -171,12 +172,15 @@ void no_pack(const ProjectArgs&, std::int64_t, std::int64_t) {}
 std::size_t no_scratch(std::int64_t) { return 0; }
 
 float as_it_is(float value) { return value; }
-float as_bf16(float value) { return bf16_to_float(float_to_bf16(value)); }
+// What is no normal number counts as zero.
+std::uint16_t to_bf16(float value) { return float_to_bf16(std::fabs(value) < FLT_MIN ? value * 0.0f : value); }
+float as_bf16(float value) { return bf16_to_float(to_bf16(value)); }
 
 // Where number i of an entry is.
 std::int64_t place_of(std::int64_t stride, bool tiled, std::int64_t entry, std::int64_t i) {
   if (!tiled) return entry * stride + i;
-  return entry / 16 * 16 * stride + i / 32 * 512 + i % 32 / 2 * 32 + entry % 16 * 2 + i % 2;
+  const std::int64_t tile = entry / kTileOutputs * kTileOutputs * stride + i / kTileInputs * kTileOutputs * kTileInputs;
+  return tile + i % kTileInputs / 2 * 2 * kTileOutputs + entry % kTileOutputs * 2 + i % 2;
 }
 
 template <float (*Round)(float)>
@@ -215,10 +219,8 @@ void store_products(const ProjectArgs& a, std::int64_t begin, std::int64_t end, 
 
 void round_weights(const RoundArgs& a, std::int64_t begin, std::int64_t end) {
   for (std::int64_t entry = begin; entry < end; ++entry)
-    for (std::int64_t i = 0; i < a.depth; ++i) {
-      const float value = load(a.matrix, entry, i);
-      a.out[place_of(a.depth, a.tiled, entry, i)] = float_to_bf16(std::fabs(value) < FLT_MIN ? value * 0.0f : value);
-    }
+    for (std::int64_t i = 0; i < a.depth; ++i)
+      a.out[place_of(a.depth, a.tiled, entry, i)] = to_bf16(load(a.matrix, entry, i));
 }
 
 void compact(const CompactArgs& a, std::int64_t begin, std::int64_t end) {

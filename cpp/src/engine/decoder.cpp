@@ -25,6 +25,7 @@ using engine::Sequence;
 // Rows that are scored at once, with a packed head and without, and the entries of a piece of the vocabulary: 4 MiB of
 // logits. The pieces are the same for any number of rows, so that the score of a row is, too.
 constexpr std::int64_t kPackedRows = 64, kScoredRows = 512, kScoredEntries = 2048;
+static_assert(kScoredEntries % kTileOutputs == 0);
 
 }  // namespace
 

@@ -50,8 +50,9 @@ void check_float_matrix(std::string_view op, std::string_view name, const Tensor
 void check_tiles(std::string_view op, std::string_view name, const TensorView& t) {
   check_dtype(op, name, t, DType::bf16);
   check_cpu(op, t);
-  if (t.rank != 4 || t.shape[2] != kTileOutputs || t.shape[3] != kTileInputs)
-    fail_input("{}: {} has shape {}; expected tiles [out / 16, in / 32, 16, 32].", op, name, shape_text(t));
+  if (t.rank != 4 || t.shape[1] < 1 || t.shape[2] != kTileOutputs || t.shape[3] != kTileInputs)
+    fail_input("{}: {} has shape {}; expected tiles [out / 16, in / 32, 16, 32] of some inputs.", op, name,
+               shape_text(t));
   check_contiguous(op, name, t);
 }
 

@@ -114,10 +114,13 @@ def read_rows(path: Path, info: TensorInfo, rows: npt.NDArray[np.int64]) -> npt.
     return raw
 
 
-def read_into(path: Path, info: TensorInfo, target: npt.NDArray[np.uint8]) -> None:
-    """Read the bytes of one tensor into ``target``, uint8 [nbytes] and contiguous; raises as :func:`read_raw` does."""
+def read_into(path: Path, info: TensorInfo, target: npt.NDArray[np.uint8], skip: int = 0) -> None:
+    """Read bytes of one tensor, from the ``skip``th on, into ``target``, uint8 [at most nbytes - skip] and contiguous.
+
+    Raises as :func:`read_raw` does.
+    """
     with _reading(path, info) as file:
-        _fill(path, info, file, info.start, target)
+        _fill(path, info, file, info.start + skip, target)
 
 
 @contextmanager

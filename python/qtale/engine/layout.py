@@ -137,6 +137,11 @@ class _Planner:
             )
         spec, stored = packed.spec if packed else quantize, STORED_FLOATS[dtype]
         rounds = self.compute == "bfloat16" and spec is None and module != EMBEDDING
+        if rounds and cols % 2:
+            raise InputError(
+                f"{self.folder.path}: {module} takes {cols} inputs, but bfloat16 numbers are multiplied by pairs; load "
+                "it with compute 'float'."
+            )
         tiled = rounds and _core.has_tiles() and rows % TILE[0] == 0 and cols % TILE[1] == 0
         return Source(module, rows, cols, "bfloat16" if rounds else stored, spec, packed, nbytes, stored, tiled)
 

@@ -13,8 +13,10 @@ from qtale.spec import ResolvedSpec
 FIXED = "fixed"
 
 
-# Outputs and inputs of the tiles in which the core multiplies bfloat16 numbers.
+# Outputs and inputs of the tiles in which the core multiplies bfloat16 numbers. Files of the cache hold such tiles:
+# another order of their numbers needs another version there.
 TILE = (16, 32)
+_CONVERTED_BYTES = 16 << 20
 
 
 def dense_shape(rows: int, cols: int, tiled: bool) -> tuple[int, ...]:
@@ -51,10 +53,16 @@ class Source:
         return self.nbytes if self.is_stored else self.rows * self.cols * 2
 
     @property
+    def converted_rows(self) -> int:
+        """Rows that are read at once where memory does not hold what the disk does: whole tiles."""
+        tiles = _CONVERTED_BYTES * self.rows // self.nbytes // TILE[0]
+        return min(self.rows, max(1, tiles) * TILE[0])
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """Equal for matrices that can be one, their rows side by side."""
         if self.spec is None:
-            return (self.dtype, self.tiled)
+            return (self.dtype, "tiles") if self.tiled else (self.dtype,)
         return (self.dtype, self.spec.num_bits, self.spec.groups(self.cols), self.spec.symmetric)
 
 
@@ -167,6 +175,6 @@ def _workspace(block: Block) -> int:
     if not block.sources:
         return 0
     if block.sources[0].spec is None:
-        return max(0 if source.is_stored else source.nbytes for source in block.sources)
+        return max(0 if s.is_stored else s.converted_rows * (s.nbytes // s.rows) for s in block.sources)
     largest = max(source.nbytes for source in block.sources)
     return block.rows * (block.cols + 5 * block.groups) + largest

@@ -39,8 +39,8 @@ def check_memory(layout: Layout, where: str, available: Callable[[], int | None]
 def read_weights(folder: ModelFolder, layout: Layout, arena: Arena, progress: bool = True) -> None:
     """Fill the arena from disk, quantizing where the layout says so.
 
-    Beside the arena this holds one block at a time: its codes, and one tensor as stored. Raises CheckpointError where
-    files changed, cannot be read, or hold NaN or infinities that would have to be quantized.
+    Beside the arena this holds one block at a time: its codes, and one tensor as stored or some rows of it. Raises
+    CheckpointError where files changed, cannot be read, or hold NaN or infinities that would have to be quantized.
     """
     from tqdm.auto import tqdm
 
@@ -60,7 +60,7 @@ def fill_block(folder: ModelFolder, block: Block, target: npt.NDArray[np.uint8])
         at = 0
         for source in block.sources:
             part = target[at : at + source.dense_nbytes]
-            (_read_dense if source.is_stored else _read_rounded)(folder, source, part)
+            (_read_dense if source.is_stored else _read_converted)(folder, source, part)
             at += source.dense_nbytes
     else:
         _fill_packed(folder, block, target)
@@ -73,18 +73,23 @@ def _fill_vectors(folder: ModelFolder, block: Block, target: npt.NDArray[np.floa
         at += size
 
 
-def _read_dense(folder: ModelFolder, source: Source, target: npt.NDArray[np.uint8]) -> None:
+def _read_dense(folder: ModelFolder, source: Source, target: npt.NDArray[np.uint8], skip: int = 0) -> None:
     shard = folder.shard_of(f"{source.module}.weight")
-    read_into(shard.path, shard.tensors[f"{source.module}.weight"], target)
+    read_into(shard.path, shard.tensors[f"{source.module}.weight"], target, skip)
 
 
-def _read_rounded(folder: ModelFolder, source: Source, target: npt.NDArray[np.uint8]) -> None:
-    stored = np.empty(source.nbytes, dtype=np.uint8)
-    _read_dense(folder, source, stored)
-    _core.round_weights(
-        memory_of(stored, source.stored, (source.rows, source.cols)),
-        memory_of(target, "bfloat16", dense_shape(source.rows, source.cols, source.tiled)),
-    )
+def _read_converted(folder: ModelFolder, source: Source, target: npt.NDArray[np.uint8]) -> None:
+    # In the bfloat16 and the form that memory holds, some rows at a time.
+    width, at_once = source.nbytes // source.rows, source.converted_rows
+    stored = np.empty(at_once * width, dtype=np.uint8)
+    kept = target.reshape(source.rows, 2 * source.cols)
+    for row in range(0, source.rows, at_once):
+        count = min(at_once, source.rows - row)
+        _read_dense(folder, source, stored[: count * width], row * width)
+        _core.round_weights(
+            memory_of(stored, source.stored, (count, source.cols)),
+            memory_of(kept[row:], "bfloat16", dense_shape(count, source.cols, source.tiled)),
+        )
 
 
 def _fill_packed(folder: ModelFolder, block: Block, target: npt.NDArray[np.uint8]) -> None:
