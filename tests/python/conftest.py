@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from qtale import demo
 from qtale.errors import NetworkError
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Numbers that a test draws without a seed of its own are the same in every run."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
