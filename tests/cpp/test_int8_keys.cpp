@@ -85,6 +85,7 @@ TEST_CASE("int8 keys: pages have the same bits on every instruction set, one by 
 }
 
 TEST_CASE("int8 keys: rows of several blocks of queries have the bits they have alone") {
+  const IsaScope reference("reference");
   Random random(27);
   const Case c{16, 1, 64, 90, 330, 0};
   Cache cache(c.entries, c.kv_heads, c.head_dim, DType::s8);

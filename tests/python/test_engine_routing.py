@@ -163,9 +163,11 @@ def test_int8_routes_alike_however_tokens_come_and_nearly_as_float_does(
             assert np.array_equal(engine.logits(tokens), expected)
             assert engine.report.executed == counts
     with qtale.load(folder, bits=8, compute="float", progress=False) as engine:
+        changed = 0
         for tokens, counts in zip(prompts(), executed, strict=True):
             engine.logits(tokens)
-            assert np.abs(np.subtract(engine.report.executed, counts)).max() <= max(1, len(tokens) // 20)
+            changed += int(np.abs(np.subtract(engine.report.executed, counts)).sum())
+        assert changed <= sum(map(len, prompts())) * len(ROUTED) // 20
 
 
 @pytest.mark.skipif("avx512_bf16" not in _core.cpu_isas(), reason="needs AVX-512 BF16")

@@ -31,7 +31,8 @@ def test_hidden_states_norm_and_logits_equal_the_whole_model(kind: str, tmp_path
     found = layered_states(model, tokens)
     assert len(found) == len(expected) == LAYERS + 1
     for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        # Sums of float32 are in another order, and what they cancel from is as large as the largest state.
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6 * float(want.abs().max()))
     with torch.no_grad():
         logits, normed = whole(torch.from_numpy(tokens)).logits, whole.model.norm(expected[-1])
     with model.head() as head:
