@@ -63,8 +63,7 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
   const Layout& l = *a.layout;
   const bool wide = l.num_bits == 8;
   const std::uint8_t* codes = a.panels + panel * l.panel_bytes;
-  const bool direct = rows <= direct_rows(wide);
-  const std::int64_t stretch = !direct ? (rows > 48 ? 8192 : kKeptBytes) / kept_bytes(wide) / l.block_k : l.blocks;
+  const std::int64_t stretch = acts.packed ? (rows > 48 ? 16384 : kKeptBytes) / kept_bytes(wide) / l.block_k : l.blocks;
   std::memset(frame.out, 0, static_cast<std::size_t>(rows * kRows) * sizeof(float));
   for (std::int64_t b = 0; b < l.blocks; b += stretch) {
     Tile tile{&l,
@@ -82,16 +81,16 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
               frame.out,
               frame.seventh};
     for (std::int64_t m = 0; m < rows;) {
-      const std::int64_t size = direct ? rows : next_tile(rows - m, kTile);
+      const std::int64_t size = !acts.packed ? rows : min64(rows - m, kTile);
       tile.row = row + m;
       tile.out = frame.out + m * kRows;
       if (m > 0 && m + size == rows) {
         tile.ahead = codes + l.block_offset(tile.end);
         tile.ahead_step = wide ? 64 : 16 * l.num_bits;
       }
-      const TileFn run = direct  ? direct_tile(l.num_bits, size, 1)
-                         : m > 0 ? kept_tile(l.num_bits, size)
-                                 : keeping_tile(l.num_bits, size);
+      const TileFn run = !acts.packed ? direct_tile(l.num_bits, size, 1)
+                         : m > 0      ? kept_tile(l.num_bits, size)
+                                      : keeping_tile(l.num_bits, size);
       run(tile);
       m += size;
     }
@@ -104,14 +103,16 @@ void run_rows(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
               std::int64_t row_end) {
   const Acts acts(*a.layout, a.rows, Mode, a.workspace);
   Frame frame;
-  for (std::int64_t m = row_begin; m < row_end;) {
-    const std::int64_t count = next_tile(row_end - m, kRowBlock / acts.planes);
-    const std::int64_t row = m * acts.planes, rows = count * acts.planes;
-    if (rows <= 2)
+  const std::int64_t end = row_end * acts.planes;
+  for (std::int64_t row = row_begin * acts.planes; row < end;) {
+    // Whole tiles, but at the end.
+    const std::int64_t tiles = next_tile((end - row + kTile - 1) / kTile, kRowBlock / kTile);
+    const std::int64_t rows = min64(end - row, tiles * kTile);
+    if (!acts.packed && rows <= 2)
       run_streams(a, acts, frame, rows == 1 ? 4 : 2, panel_begin, panel_end, row, rows);
     else
       for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) run_panel(a, acts, frame, panel, row, rows);
-    m += count;
+    row += rows;
   }
 }
 

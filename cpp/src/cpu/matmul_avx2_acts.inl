@@ -2,7 +2,8 @@
 // int8 mode has one plane of codes per activation row, int16 mode two, or one of 16 bits for 8-bit weights, which are
 // multiplied as such. Float mode has two or three: each later plane codes what the planes before it left over, down to
 // 2^-24 of the largest of the 128 inputs, which is what float32 sums resolve.
-// Planes are rows of their own to the kernels; their products are added up at the end.
+// Planes are rows of their own to the kernels; their products are added up at the end. Rows that one tile takes lie one
+// after the other; more are packed by tiles, whose rows take turns with words of 32 bits, so that a tile is one stream.
 #pragma once
 
 #include <immintrin.h>
@@ -12,24 +13,33 @@
 namespace qtale::cpu {
 namespace {
 
+constexpr int kTile = 6;  // rows: twelve accumulators leave room for two weights, a broadcast and a product
+// Rows that take a panel's codes as they are, in one tile. 8-bit codes, which wait for memory, gain more by being kept.
+constexpr int direct_rows(bool wide) { return wide ? kTile : kTile + 1; }
+constexpr std::int64_t kWord = 4;  // bytes that a multiplication takes of a row of codes
+
 // Bytes from row to row: an odd number of cache lines, so that the rows of a tile do not fall into the same L1 sets.
 inline std::int64_t row_stride(std::int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
 
 constexpr std::int64_t planes_of(Compute mode) { return mode == Compute::int8 ? 1 : mode == Compute::int16 ? 2 : 3; }
 
 struct Acts {
-  float least;           // scale
-  float top;             // largest code
-  std::int64_t planes;   // rows of codes per activation row
-  std::int64_t rows;     // of codes
-  std::int64_t flush;    // inputs per set of accumulators: 16-bit lanes hold 64 inputs of 4 bits, 128 of fewer
-  std::int64_t flushes;  // per row
+  float least;             // scale
+  float top;               // largest code
+  std::int64_t planes;     // rows of codes per activation row
+  std::int64_t rows;       // of codes
+  std::int64_t flush;      // inputs per set of accumulators: 16-bit lanes hold 64 inputs of 4 bits, 128 of fewer
+  std::int64_t flushes;    // per row
+  std::int64_t per_block;  // flushes
+  bool joint;  // whether the flushes of an activation group share their scales, so that they are added as integers
   std::int64_t groups;   // scales per row
-  std::int64_t stride;   // bytes from row to row of codes
+  bool packed;           // by tiles
+  std::int64_t width;    // rows of a tile, of all of them where they are not packed
+  std::int64_t stride;   // bytes from row to row of codes, or in all of a row's words where they are packed
   std::byte* codes;      // int8; for 8-bit weights int16, and inputs 1 and 2 of every four change places
-  std::int32_t* starts;  // [flushes, rows]: what the accumulators start at, a pair of 16-bit lanes; 0 for 8 bits
-  float* sums;           // [flushes, rows]: sums of the codes
-  float* scales;         // [groups, rows]
+  std::int32_t* starts;  // [tiles, flushes, width]: what accumulators start at, a pair of 16-bit lanes; 0 for 8 bits
+  float* sums;           // [tiles, flushes, width]: sums of the codes
+  float* scales;         // [tiles, groups, width]
   std::size_t bytes;
 
   Acts(const Layout& l, std::int64_t row_count, Compute mode, std::byte* workspace)
@@ -39,15 +49,39 @@ struct Acts {
         rows(row_count * planes),
         flush(l.num_bits == 4 ? min64(64, l.block_k) : l.block_k),
         flushes((l.k_padded + flush - 1) / flush),
+        per_block(l.block_k / flush),
+        joint(flush < kActGroup && l.block_k >= kActGroup),
         groups(l.act_groups),
-        stride(row_stride(l.num_bits == 8 ? 2 * l.k_padded : l.k_padded)) {
-    const std::size_t code_bytes = static_cast<std::size_t>(rows * stride);
-    const std::size_t flush_bytes = aligned(static_cast<std::size_t>(rows * flushes) * sizeof(float));
+        packed(rows > direct_rows(l.num_bits == 8)),
+        width(packed ? kTile : rows) {
+    const std::int64_t row_bytes = l.num_bits == 8 ? 2 * l.k_padded : l.k_padded;
+    stride = packed ? row_bytes : row_stride(row_bytes);
+    const std::int64_t room = packed ? (rows + kTile - 1) / kTile * kTile : rows;
+    const std::size_t code_bytes = aligned(static_cast<std::size_t>(room * stride));
+    const std::size_t flush_bytes = aligned(static_cast<std::size_t>(room * flushes) * sizeof(float));
     codes = workspace;
     starts = reinterpret_cast<std::int32_t*>(workspace + code_bytes);
     sums = reinterpret_cast<float*>(workspace + code_bytes + flush_bytes);
     scales = reinterpret_cast<float*>(workspace + code_bytes + 2 * flush_bytes);
-    bytes = code_bytes + 2 * flush_bytes + aligned(static_cast<std::size_t>(rows * groups) * sizeof(float));
+    bytes = code_bytes + 2 * flush_bytes + aligned(static_cast<std::size_t>(room * groups) * sizeof(float));
+  }
+
+  // Where a row has number `index` of `count`.
+  std::int64_t place(std::int64_t row, std::int64_t index, std::int64_t count) const {
+    return (row / width * count + index) * width + row % width;
+  }
+  // The word at byte `offset` of a row's codes.
+  std::byte* word(std::int64_t row, std::int64_t offset) const {
+    return packed ? codes + row / kTile * kTile * stride + offset * kTile + row % kTile * kWord
+                  : codes + row * stride + offset;
+  }
+  void store(std::int64_t row, std::int64_t offset, const std::byte* from, std::int64_t count) const {
+    std::byte* to = word(row, offset);
+    if (!packed) {
+      std::memcpy(to, from, static_cast<std::size_t>(count));
+      return;
+    }
+    for (std::int64_t i = 0; i < count; i += kWord, to += kTile * kWord) std::memcpy(to, from + i, kWord);
   }
 };
 
@@ -97,15 +131,16 @@ template <bool Wide>
 void code_group(const Acts& out, std::int64_t row, std::int64_t group, float amax, __m128i offset, float* x,
                 std::int64_t padded) {
   constexpr std::int64_t kBytes = Wide ? 2 : 1;
+  alignas(32) std::byte codes[kBytes * kActGroup];
   const bool finite = amax <= FLT_MAX;
   float scale = finite ? amax / out.top : 0.0f;
   for (std::int64_t r = row; r < row + out.planes; ++r, scale /= 2.0f * out.top) {
     if (scale < out.least) scale = out.least;
     for (std::int64_t i = 0; i < padded; i += out.flush) {
       const std::int64_t count = min64(out.flush, padded - i), k = group * kActGroup + i;
-      const std::int64_t at = k / out.flush * out.rows + r;
-      std::byte* codes = out.codes + r * out.stride + kBytes * k;
+      const std::int64_t at = out.place(r, k / out.flush, out.flushes);
       const float sum = code_plane<Wide>(x + i, count, scale, codes);
+      out.store(r, kBytes * k, codes, kBytes * count);
       if constexpr (Wide) {
         out.starts[at] = 0;
         out.sums[at] = sum;
@@ -115,7 +150,7 @@ void code_group(const Acts& out, std::int64_t row, std::int64_t group, float ama
         out.sums[at] = static_cast<float>(_mm_cvtsi128_si32(_mm_madd_epi16(lanes, _mm_set1_epi16(1))));
       }
     }
-    out.scales[group * out.rows + r] = finite ? scale : amax - amax;
+    out.scales[out.place(r, group, out.groups)] = finite ? scale : amax - amax;
   }
 }
 

@@ -133,8 +133,8 @@ QTALE_INLINE void prefetch_lines(const std::uint8_t* w, std::int64_t stream) {
     _mm_prefetch(reinterpret_cast<const char*>(w) + s * stream + 64 * line + kPrefetch, _MM_HINT_T0);
 }
 
-// Where the rows of a tile begin. Two registers and a stride reach six rows through the addressing modes, the seventh
-// takes another stride.
+// Where the rows of a tile begin, packed ones all at `first`. Two registers and a stride reach six rows through the
+// addressing modes, the seventh takes another stride.
 struct RowPointers {
   const std::byte* first;
   const std::byte* fourth;
@@ -157,11 +157,16 @@ struct RowPointers {
   if constexpr (Row == 4) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[a],%[s],4)"); \
   if constexpr (Row == 5) QTALE_MULTIPLY_ADD(MULTIPLY, ADD, "(%[d],%[s],2)")
 
-// c0, c1 += w0, w1 times the activation word of tile row `Row` at byte `Offset`.
-template <bool Wide, int Row, int Offset>
+// c0, c1 += w0, w1 times word `Word` of tile row `Row`.
+template <bool Wide, bool Packed, int Row, int Word>
 QTALE_INLINE void multiply_add(__m256i& c0, __m256i& c1, __m256i w0, __m256i w1, const RowPointers& rows) {
+  constexpr int Offset = static_cast<int>(kWord) * (Packed ? kTile * Word + Row : Word);
   __m256i b, t;
-  if constexpr (Wide) {
+  if constexpr (Packed && Wide) {
+    QTALE_MULTIPLY_ADD("vpmaddwd", "vpaddd", "(%[a])");
+  } else if constexpr (Packed) {
+    QTALE_MULTIPLY_ADD("vpmaddubsw", "vpaddw", "(%[a])");
+  } else if constexpr (Wide) {
     QTALE_MULTIPLY_ADD_ROW("vpmaddwd", "vpaddd");
   } else {
     QTALE_MULTIPLY_ADD_ROW("vpmaddubsw", "vpaddw");

@@ -9,10 +9,6 @@
 namespace qtale::cpu {
 namespace {
 
-constexpr int kTile = 6;  // rows: twelve accumulators leave room for two weights, a broadcast and a product
-// Rows that take a panel's codes as they are, in one tile. 8-bit codes, which wait for memory, gain more by being kept.
-constexpr int direct_rows(bool wide) { return wide ? kTile : kTile + 1; }
-
 // Rows from `row` on times blocks [begin, end) of one panel, or of several panels `stream` bytes apart. Sums are added
 // to out [streams][rows][16]; part, as large, holds those of an unfinished activation group.
 struct Tile {
@@ -61,13 +57,14 @@ QTALE_INLINE void load_scales(const std::uint8_t* p, DType dtype, __m256 (&scale
   }
 }
 
-template <class C, int T, int S, int Field, int Row = 0>
+template <class C, int T, int S, bool Packed, int Field, int Row = 0>
 QTALE_INLINE void multiply_rows(__m256i (&acc)[S][T][2], int s, __m256i w0, __m256i w1, const RowPointers& rows,
                                 __m256i (*seventh)[2]) {
-  multiply_add<C::kWide, Row, 4 * Field>(acc[s][Row][0], acc[s][Row][1], w0, w1, rows);
+  multiply_add<C::kWide, Packed, Row, Field>(acc[s][Row][0], acc[s][Row][1], w0, w1, rows);
   // In two copies, because a sum takes long from its store to its next load.
   if constexpr (T > kTile && Row == 2) multiply_add_seventh<4 * Field>(seventh[Field % 2], w0, w1, rows);
-  if constexpr (Row + 1 < T && Row + 1 < kTile) multiply_rows<C, T, S, Field, Row + 1>(acc, s, w0, w1, rows, seventh);
+  if constexpr (Row + 1 < T && Row + 1 < kTile)
+    multiply_rows<C, T, S, Packed, Field, Row + 1>(acc, s, w0, w1, rows, seventh);
 }
 
 // Fields of one step of stream s, from the one that comes at place `At` on.
@@ -83,7 +80,7 @@ QTALE_INLINE void multiply_fields(__m256i (&acc)[S][T][2], int s, const std::uin
     _mm256_store_si256(reinterpret_cast<__m256i*>(kept + 64 * kField), w0);
     _mm256_store_si256(reinterpret_cast<__m256i*>(kept + 64 * kField + 32), w1);
   }
-  multiply_rows<C, T, S, kField>(acc, s, w0, w1, rows, seventh);
+  multiply_rows<C, T, S, C::kKept || Keep, kField>(acc, s, w0, w1, rows, seventh);
   if constexpr (At + 1 < C::kFields) multiply_fields<C, T, S, Keep, At + 1>(acc, s, w, rows, kept, seventh);
 }
 
@@ -101,9 +98,34 @@ QTALE_INLINE void block_scales(const Layout& l, const Place& at, std::int64_t st
   }
 }
 
+// What a flush does with the part of its activation group that came before, and where it goes.
+enum class Stage { begin, middle, end, whole, end_joint };
+constexpr bool begins(Stage stage) { return stage == Stage::begin || stage == Stage::whole; }
+constexpr bool ends(Stage stage) { return stage == Stage::end || stage == Stage::whole || stage == Stage::end_joint; }
+
+// The sums of all lanes, which make no more lanes than a register holds of 32 bits.
+template <class C, int T, int S>
+QTALE_INLINE __m256i flushed(const Tile& t, __m256i (&acc)[S][T][2], int s, int m, int half) {
+  const __m256i lanes = m < kTile ? acc[s][m][half] : _mm256_add_epi16(t.seventh[0][half], t.seventh[1][half]);
+  return C::kWide ? lanes : _mm256_madd_epi16(lanes, _mm256_set1_epi16(1));
+}
+
+// Keeps the integers of the first flush of a group for the second.
+template <class C, int T, int S>
+QTALE_INLINE void begin_joint(const Tile& t, __m256i (&acc)[S][T][2]) {
+  QTALE_UNROLL
+  for (int s = 0; s < S; ++s) QTALE_UNROLL
+  for (int m = 0; m < T; ++m) QTALE_UNROLL
+  for (int half = 0; half < 2; ++half)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(t.part + (s * T + m) * kRows + 8 * half),
+                       flushed<C>(t, acc, s, m, half));
+}
+
 // Adds one flush to the part of its activation group, or, where that ends, to the outputs.
-template <class C, int T, int S, bool Keep, bool First, bool Last, bool Zeros>
-QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, __m256i (&acc)[S][T][2]) {
+template <class C, int T, int S, bool Keep, Stage At, bool Zeros>
+QTALE_INLINE void add_flush(const Tile& t, const Layout& l, const Acts& acts, const Place& at,
+                            __m256i (&acc)[S][T][2]) {
+  constexpr bool kJoint = At == Stage::end_joint;
   QTALE_UNROLL
   for (int s = 0; s < S; ++s) {
     __m256 scales[2];
@@ -114,30 +136,37 @@ QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, __m
       const __m256 zeros = Zeros ? load_s8(zero_points + 8 * half) : _mm256_setzero_ps();
       QTALE_UNROLL
       for (int m = 0; m < T; ++m) {
-        const __m256i lanes = m < kTile ? acc[s][m][half] : _mm256_add_epi16(t.seventh[0][half], t.seventh[1][half]);
-        const __m256i sum = C::kWide ? lanes : _mm256_madd_epi16(lanes, _mm256_set1_epi16(1));
-        __m256 value = _mm256_cvtepi32_ps(sum);
-        if constexpr (Zeros) value = _mm256_fnmadd_ps(zeros, _mm256_broadcast_ss(at.sums + m), value);
         const int to = (s * T + m) * kRows + 8 * half;
-        value = First ? _mm256_mul_ps(value, scales[half])
-                      : _mm256_fmadd_ps(value, scales[half], _mm256_load_ps(t.part + to));
-        if constexpr (Last)
+        __m256i sum = flushed<C>(t, acc, s, m, half);
+        if constexpr (kJoint)
+          sum = _mm256_add_epi32(sum, _mm256_load_si256(reinterpret_cast<const __m256i*>(t.part + to)));
+        __m256 value = _mm256_cvtepi32_ps(sum);
+        if constexpr (Zeros) {
+          __m256 codes = _mm256_broadcast_ss(at.sums + m);
+          if constexpr (kJoint) codes = _mm256_add_ps(codes, _mm256_broadcast_ss(at.sums + m - acts.width));
+          value = _mm256_fnmadd_ps(zeros, codes, value);
+        }
+        value = begins(At) || kJoint ? _mm256_mul_ps(value, scales[half])
+                                     : _mm256_fmadd_ps(value, scales[half], _mm256_load_ps(t.part + to));
+        if constexpr (ends(At))
           value = _mm256_fmadd_ps(value, _mm256_broadcast_ss(at.input_scales + m), _mm256_load_ps(t.out + to));
-        _mm256_store_ps((Last ? t.out : t.part) + to, value);
+        _mm256_store_ps((ends(At) ? t.out : t.part) + to, value);
       }
     }
   }
 }
 
 template <class C, int T, int S, bool Keep, bool Zeros>
-QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Place& at, bool last, __m256i (&acc)[S][T][2]) {
-  if (at.in_group == 0) {
-    last ? end_flush<C, T, S, Keep, true, true, Zeros>(t, l, at, acc)
-         : end_flush<C, T, S, Keep, true, false, Zeros>(t, l, at, acc);
-  } else {
-    last ? end_flush<C, T, S, Keep, false, true, Zeros>(t, l, at, acc)
-         : end_flush<C, T, S, Keep, false, false, Zeros>(t, l, at, acc);
+QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Acts& acts, const Place& at, bool last,
+                            __m256i (&acc)[S][T][2]) {
+  if (at.in_group == 0 && last) return add_flush<C, T, S, Keep, Stage::whole, Zeros>(t, l, acts, at, acc);
+  if (!C::kWide && acts.joint) {
+    if (last) return add_flush<C, T, S, Keep, Stage::end_joint, Zeros>(t, l, acts, at, acc);
+    return begin_joint<C>(t, acc);
   }
+  if (last) return add_flush<C, T, S, Keep, Stage::end, Zeros>(t, l, acts, at, acc);
+  if (at.in_group == 0) return add_flush<C, T, S, Keep, Stage::begin, Zeros>(t, l, acts, at, acc);
+  add_flush<C, T, S, Keep, Stage::middle, Zeros>(t, l, acts, at, acc);
 }
 
 template <class C, int T, int S, bool Keep>
@@ -154,8 +183,12 @@ QTALE_INLINE void multiply_steps(const Tile& t, Place& at, std::int64_t steps, _
     for (int s = 0; s < S; ++s)
       multiply_fields<C, T, S, Keep>(acc, s, at.codes + s * t.stream, at.rows, at.kept, t.seventh);
     at.codes += C::kBytes;
-    at.rows.first += 4 * C::kFields;
-    at.rows.fourth += 4 * C::kFields;
+    if constexpr (C::kKept || Keep) {
+      at.rows.first += kWord * kTile * C::kFields;
+    } else {
+      at.rows.first += kWord * C::kFields;
+      at.rows.fourth += kWord * C::kFields;
+    }
     if constexpr (Keep) at.kept += 64 * C::kFields;
   }
   // Keeps the loads of scales and sums out of the loop, where every register is taken.
@@ -178,34 +211,37 @@ QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place&
   // Unsigned numbers divide by a shift alone.
   multiply_steps<C, T, S, Keep>(t, at, static_cast<std::uint64_t>(count) / C::kInputs, acc);
   if (l.symmetric)
-    end_flush<C, T, S, Keep, false>(t, l, at, last, acc);
+    end_flush<C, T, S, Keep, false>(t, l, acts, at, last, acc);
   else
-    end_flush<C, T, S, Keep, true>(t, l, at, last, acc);
-  at.starts += acts.rows;
-  at.sums += acts.rows;
+    end_flush<C, T, S, Keep, true>(t, l, acts, at, last, acc);
+  at.starts += acts.width;
+  at.sums += acts.width;
   at.in_group += count;
   if (last) {
     at.in_group = 0;
-    at.input_scales += acts.rows;
+    at.input_scales += acts.width;
   }
   // Hides how they move on: compilers would move a pointer for every row.
   asm("" : "+r"(at.starts), "+r"(at.sums), "+r"(at.input_scales));
 }
 
-Place first_place(const Tile& t, bool kept) {
-  const Layout& l = *t.layout;
-  const Acts& acts = *t.acts;
-  const std::int64_t k = t.begin * l.block_k, index = k / acts.flush;
-  const std::byte* row = acts.codes + t.row * acts.stride + (l.num_bits == 8 ? 2 : 1) * k;
-  return {kept ? t.kept : t.panel + l.block_offset(t.begin),
+template <bool Packed, bool Kept>
+QTALE_INLINE Place first_place(const Tile& t, const Layout& l, const Acts& acts) {
+  const std::int64_t k = t.begin * l.block_k;
+  const auto place = [&](std::int64_t index, std::int64_t count) {
+    return Packed ? (t.row / kTile * count + index) * kTile : index * acts.width + t.row;
+  };
+  const std::int64_t flush = place(t.begin * acts.per_block, acts.flushes);
+  const std::byte* row = acts.word(t.row, (l.num_bits == 8 ? 2 : 1) * k);
+  return {Kept ? t.kept : t.panel + l.block_offset(t.begin),
           t.kept,
           t.ahead,
           t.panel + l.param_offset(t.begin),
           t.kept_scales,
           {row, row + 3 * acts.stride, acts.stride, 3 * acts.stride},
-          acts.starts + index * acts.rows + t.row,
-          acts.sums + index * acts.rows + t.row,
-          acts.scales + k / kActGroup * acts.rows + t.row,
+          acts.starts + flush,
+          acts.sums + flush,
+          acts.scales + place(k / kActGroup, acts.groups),
           0};
 }
 
@@ -216,7 +252,7 @@ __attribute__((noipa)) void tile_int8(const Tile& tile) {
   const Tile t = tile;
   const Layout l = *t.layout;
   const Acts acts = *t.acts;
-  Place at = first_place(tile, C::kKept);
+  Place at = first_place < C::kKept || Keep, C::kKept > (t, l, acts);
   const std::int64_t params_step = l.per_channel ? 0 : l.block_offset(1);
   for (std::int64_t b = t.begin; b < t.end; ++b) {
     std::int64_t left = l.block_size(b);
@@ -246,19 +282,13 @@ TileFn direct_tile(std::int64_t rows, int streams) {
   return streams == 1 ? kSingle[rows - 1] : kStreams[rows - 1];
 }
 
-// Only products of more than direct_rows keep codes: their first tile has four to six rows, the others three to six.
-template <int Bits>
-TileFn keeping_tile(std::int64_t rows) {
-  using C = Codes<Bits>;
-  static constexpr TileFn kTiles[3] = {tile_int8<C, 4, 1, true>, tile_int8<C, 5, 1, true>, tile_int8<C, 6, 1, true>};
-  return kTiles[rows - 4];
-}
-template <bool Wide>
-TileFn kept_tile(std::int64_t rows) {
-  using C = KeptCodes<Wide>;
-  static constexpr TileFn kTiles[4] = {tile_int8<C, 3, 1, false>, tile_int8<C, 4, 1, false>, tile_int8<C, 5, 1, false>,
-                                       tile_int8<C, 6, 1, false>};
-  return kTiles[rows - 3];
+// Tiles of packed rows, which read the codes of C and may keep them for others.
+template <class C, bool Keep>
+TileFn packed_tile(std::int64_t rows) {
+  static constexpr TileFn kTiles[kTile] = {tile_int8<C, 1, 1, Keep>, tile_int8<C, 2, 1, Keep>,
+                                           tile_int8<C, 3, 1, Keep>, tile_int8<C, 4, 1, Keep>,
+                                           tile_int8<C, 5, 1, Keep>, tile_int8<C, 6, 1, Keep>};
+  return kTiles[rows - 1];
 }
 
 TileFn direct_tile(int bits, std::int64_t rows, int streams) {
@@ -268,12 +298,14 @@ TileFn direct_tile(int bits, std::int64_t rows, int streams) {
                      : direct_tile<8>(rows, streams);
 }
 TileFn keeping_tile(int bits, std::int64_t rows) {
-  return bits == 2   ? keeping_tile<2>(rows)
-         : bits == 3 ? keeping_tile<3>(rows)
-         : bits == 4 ? keeping_tile<4>(rows)
-                     : keeping_tile<8>(rows);
+  return bits == 2   ? packed_tile<Codes<2>, true>(rows)
+         : bits == 3 ? packed_tile<Codes<3>, true>(rows)
+         : bits == 4 ? packed_tile<Codes<4>, true>(rows)
+                     : packed_tile<Codes<8>, true>(rows);
 }
-TileFn kept_tile(int bits, std::int64_t rows) { return bits == 8 ? kept_tile<true>(rows) : kept_tile<false>(rows); }
+TileFn kept_tile(int bits, std::int64_t rows) {
+  return bits == 8 ? packed_tile<KeptCodes<true>, false>(rows) : packed_tile<KeptCodes<false>, false>(rows);
+}
 
 }  // namespace
 }  // namespace qtale::cpu
