@@ -102,7 +102,7 @@ TEST_CASE("attention: scores that grow along the cache, so that what was summed 
   }
 }
 
-TEST_CASE("attention: int8 is the float32 attention but with AVX-512 BF16") {
+TEST_CASE("attention: int8 rounds with AVX-512 BF16 and with AVX2, elsewhere it is the float32 attention") {
   Random random(18);
   Cache cache(150, 2, 64, DType::f16);
   cache.fill(random);
@@ -115,7 +115,7 @@ TEST_CASE("attention: int8 is the float32 attention but with AVX-512 BF16") {
     const auto exact = a.run();
     a.compute = Compute::int8;
     const bool same = differences(exact.data(), a.run().data(), static_cast<std::int64_t>(exact.size())) == 0;
-    CHECK(same == (isa == "reference" || !has_bfloat16()));
+    CHECK(same == (isa != "avx2" && (isa == "reference" || !has_bfloat16())));
   }
 }
 

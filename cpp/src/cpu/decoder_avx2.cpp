@@ -1,7 +1,7 @@
 // x86-64 with AVX2, FMA and F16C.
 #include "cpu/vec_avx2.h"
 
-#include "cpu/attention.inl"
+#include "cpu/attention_int16.inl"
 #include "cpu/decoder_rows.inl"
 
 namespace qtale::cpu {
@@ -13,7 +13,7 @@ const DecoderKernels avx2_decoder_table = {
     exp_sum_of,
     append_units,
     attending::kernel<6, 2>,
-    {attending::kernel<6, 2>, nullptr},
+    {attending::coded_kernel<6, 2>, nullptr},
 };
 
 }  // namespace qtale::cpu

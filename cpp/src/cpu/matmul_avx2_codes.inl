@@ -10,7 +10,6 @@ namespace {
 #define QTALE_INLINE __attribute__((always_inline)) inline
 
 constexpr int kRows = 16;
-constexpr int kPrefetch = 2048;  // bytes ahead in each stream
 
 QTALE_INLINE __m256i load_line(const std::uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -52,13 +51,15 @@ QTALE_INLINE __m256i line_bits(const std::uint8_t* p) {
 
 // A form reads `kInputs` inputs from `kBytes` bytes as `kFields` pairs of registers (panel rows 0-7 and 8-15), each of
 // which meets one 32-bit word of an activation row: unsigned bytes meet signed bytes, and in wide forms 16-bit numbers
-// meet 16-bit numbers. field() is the order in which fields are taken.
+// meet 16-bit numbers. field() is the order in which fields are taken, kAhead how many bytes ahead of each stream
+// memory is asked for.
 template <int Bits>
 struct Codes;
 
 template <>
 struct Codes<4> {
   static constexpr int kInputs = 8, kFields = 2, kBytes = 64;
+  static constexpr int kAhead = 2048;
   static constexpr bool kWide = false, kKept = false;
   static constexpr int field(int place) { return place; }
   template <int Field, bool Full>
@@ -70,6 +71,7 @@ struct Codes<4> {
 template <>
 struct Codes<2> {
   static constexpr int kInputs = 16, kFields = 4, kBytes = 64;
+  static constexpr int kAhead = 2048;
   static constexpr bool kWide = false, kKept = false;
   static constexpr int field(int place) { return place; }
   template <int Field, bool Full>
@@ -81,6 +83,7 @@ struct Codes<2> {
 template <>
 struct Codes<3> {
   static constexpr int kInputs = 32, kFields = 8, kBytes = 192;
+  static constexpr int kAhead = 2048;
   static constexpr bool kWide = false, kKept = false;
   // Line 2 first, because the last field of either other line needs its bits.
   static constexpr int field(int place) { return "45016237"[place] - '0'; }
@@ -101,6 +104,7 @@ struct Codes<3> {
 template <>
 struct Codes<8> {
   static constexpr int kInputs = 4, kFields = 2, kBytes = 64;
+  static constexpr int kAhead = 1024;
   static constexpr bool kWide = true, kKept = false;
   static constexpr int field(int place) { return place; }
   template <int Field, bool Full>
@@ -125,12 +129,12 @@ struct KeptCodes {
 // Bytes that one input of a panel takes in the kept form.
 constexpr int kept_bytes(bool wide) { return wide ? 32 : 16; }
 
-template <int Lines, int S>
+template <int Lines, int S, int Distance>
 QTALE_INLINE void prefetch_lines(const std::uint8_t* w, std::int64_t stream) {
   QTALE_UNROLL
   for (int s = 0; s < S; ++s) QTALE_UNROLL
   for (int line = 0; line < Lines; ++line)
-    _mm_prefetch(reinterpret_cast<const char*>(w) + s * stream + 64 * line + kPrefetch, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w) + s * stream + 64 * line + Distance, _MM_HINT_T0);
 }
 
 // Where the rows of a tile begin, packed ones all at `first`. Two registers and a stride reach six rows through the

@@ -177,7 +177,7 @@ QTALE_INLINE void multiply_steps(const Tile& t, Place& at, std::int64_t steps, _
       _mm_prefetch(reinterpret_cast<const char*>(at.ahead), _MM_HINT_T0);
       at.ahead += t.ahead_step;
     } else {
-      prefetch_lines<C::kBytes / 64, S>(at.codes, t.stream);
+      prefetch_lines<C::kBytes / 64, S, C::kAhead>(at.codes, t.stream);
     }
     QTALE_UNROLL
     for (int s = 0; s < S; ++s)

@@ -1,0 +1,109 @@
+// The two products of attention in integers of 16 bits on AVX2, two of each in a lane: pairs of dimensions in the
+// first, pairs of entries in the second.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/attention_workspace.inl"
+
+namespace qtale::cpu::attending {
+namespace {
+
+// Largest codes. No sum of kMaxHeadDim products of the first two or of kChunk products of the last two leaves 32 bits.
+constexpr float kQueryTop = 2047.0f, kKeyTop = 4095.0f, kWeightTop = 16383.0f, kValueTop = 4095.0f;
+static_assert(std::int64_t{2047} * 4095 * kMaxHeadDim <= INT32_MAX);
+static_assert(std::int64_t{16383} * 4095 * kChunk <= INT32_MAX);
+
+constexpr int kTileRows = 6;  // twelve sums leave room for two vectors, a broadcast and a product
+constexpr std::int64_t kCodeStride = kMaxHeadDim + 32;  // codes from query to query: an odd number of lines
+
+// sum0, sum1 += vectors times the pair at `factor`. One statement, because g++ 12 loads all broadcasts first and
+// spills.
+QTALE_INLINE void multiply_pair(__m256i& sum0, __m256i& sum1, __m256i v0, __m256i v1, const std::int16_t* factor) {
+  __m256i b, t;
+  const auto& pair = *reinterpret_cast<const std::int16_t (*)[2]>(factor);
+  asm volatile(
+      "vpbroadcastd %[pair], %[b]\n\tvpmaddwd %[b], %[v0], %[t]\n\tvpmaddwd %[b], %[v1], %[b]\n\t"
+      "vpaddd %[t], %[sum0], %[sum0]\n\tvpaddd %[b], %[sum1], %[sum1]"
+      : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [b] "=&x"(b), [t] "=&x"(t)
+      : [v0] "x"(v0), [v1] "x"(v1), [pair] "m"(pair));
+}
+
+// sums [Rows][2] of `count` pairs: factors [Rows][stride], vectors from `vectors` on, `step` numbers apart.
+template <int Rows, std::int64_t Stride>
+QTALE_INLINE void multiply_pairs(__m256i (&sums)[Rows][2], const std::int16_t* factors, const std::int16_t* vectors,
+                                 std::int64_t step, std::int64_t count) {
+  unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA { sums[r][0] = sums[r][1] = _mm256_setzero_si256(); });
+#pragma GCC unroll 1
+  for (; count > 0; --count, factors += 2, vectors += step) {
+    const __m256i v0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(vectors));
+    const __m256i v1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(vectors + 16));
+    unroll<Rows>([&](auto r)
+                     QTALE_INLINE_LAMBDA { multiply_pair(sums[r][0], sums[r][1], v0, v1, factors + r * Stride); });
+  }
+  asm volatile("" ::: "memory");
+}
+
+// scores [Rows][kChunk] of two vectors of entries: queries [Rows][kCodeStride], keys [depth / 2][kChunk] pairs.
+template <int Rows>
+__attribute__((noipa)) void pair_scores(const std::int16_t* queries, const float* query_scales,
+                                        const std::int16_t* keys, const float* key_scales, std::int64_t depth,
+                                        float* scores) {
+  __m256i sums[Rows][2];
+  multiply_pairs<Rows, kCodeStride>(sums, queries, keys, 2 * kChunk, depth / 2);
+  unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
+    unroll<2>([&](auto p) QTALE_INLINE_LAMBDA {
+      const VecF scale = mul(load_f32(key_scales + p * kWidth), set1(query_scales[r]));
+      store_f32(scores + r * kChunk + p * kWidth, mul(_mm256_cvtepi32_ps(sums[r][p]), scale));
+    });
+  });
+}
+
+// out [Rows][stride] = factors * out + scales * (weights [Rows][kChunk] times values [pairs][stride] pairs) for two
+// vectors of dimensions, of which `Vecs` are there.
+template <int Rows, int Vecs>
+__attribute__((noipa)) void pair_values(const std::int16_t* weights, const float* scales, const float* factors,
+                                        const std::int16_t* values, std::int64_t pairs, float* out,
+                                        std::int64_t stride) {
+  __m256i sums[Rows][2];
+  multiply_pairs<Rows, kChunk>(sums, weights, values, 2 * stride, pairs);
+  unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
+    const VecF factor = set1(factors[r]), scale = set1(scales[r]);
+    unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA {
+      float* const to = out + r * stride + p * kWidth;
+      store_f32(to, multiply_add(_mm256_cvtepi32_ps(sums[r][p]), scale, mul(load_f32(to), factor)));
+    });
+  });
+}
+
+using PairScores = void (*)(const std::int16_t*, const float*, const std::int16_t*, const float*, std::int64_t, float*);
+using PairValues = void (*)(const std::int16_t*, const float*, const float*, const std::int16_t*, std::int64_t, float*,
+                            std::int64_t);
+// By number of queries less one.
+constexpr PairScores kPairScores[kTileRows] = {pair_scores<1>, pair_scores<2>, pair_scores<3>,
+                                               pair_scores<4>, pair_scores<5>, pair_scores<6>};
+template <int Vecs>
+constexpr PairValues kPairValues[kTileRows] = {pair_values<1, Vecs>, pair_values<2, Vecs>, pair_values<3, Vecs>,
+                                               pair_values<4, Vecs>, pair_values<5, Vecs>, pair_values<6, Vecs>};
+
+constexpr float kLeastCoded = 1e-30f;  // what is smaller has codes of zero: its scale would have no inverse
+
+// Numbers as codes of up to `top`, and what a code is worth. A scale of what is not finite is NaN, its codes are zero.
+struct CodeScale {
+  VecF scale, inverse;
+};
+QTALE_INLINE CodeScale code_scale(VecI amax_bits, float top) {
+  const VecF amax = _mm256_castsi256_ps(amax_bits);
+  const VecF wild = _mm256_cmp_ps(amax, set1(FLT_MAX), _CMP_NLE_UQ);
+  const VecF used = _mm256_andnot_ps(wild, _mm256_cmp_ps(amax, set1(kLeastCoded), _CMP_GE_OQ));
+  return {_mm256_or_ps(wild, _mm256_and_ps(used, mul(amax, set1(1.0f / top)))),
+          _mm256_and_ps(used, div(set1(top), amax))};
+}
+
+// a in the lower halves of 32-bit lanes, b in the upper ones; numbers that are not finite are coded as zero.
+QTALE_INLINE __m256i code_pairs(VecF a, VecF b) {
+  return _mm256_blend_epi16(_mm256_cvtps_epi32(a), _mm256_slli_epi32(_mm256_cvtps_epi32(b), 16), 0xaa);
+}
+
+}  // namespace
+}  // namespace qtale::cpu::attending
