@@ -69,9 +69,11 @@ class CodedSpan : BlockSpan<E> {
       }
       PagesAhead next = this->pages_ahead(at + kChunk);
       const std::int64_t lines = (next.lines() + tiles - 1) / tiles;
-      for (std::int64_t t = 0; t < tiles; ++t) {
+      for (std::int64_t begin = 0, rest = tiles; rest > 0; --rest) {
+        const std::int64_t end = begin + (count_ - begin) / rest;
         next.ask(lines);
-        run_tile(count_ * t / tiles, count_ * (t + 1) / tiles);
+        run_tile(begin, end);
+        begin = end;
       }
     }
   }
@@ -129,8 +131,7 @@ class CodedSpan : BlockSpan<E> {
     for (int p = 0; p < vecs; p += 2)
       kPairScores[rows - 1](w_.queries + begin * kCodeStride, w_.query_scales + begin, w_.keys + 2 * p * kWidth,
                             w_.key_scales + p * kWidth, a_.head_dim, w_.scores + p * kWidth);
-    weigh(w_.scores, rows, ranges_ + begin, state_.tops + begin, state_.totals + begin * kWidth, w_.factors);
-    for (int r = 0; r < rows; ++r) code_weights(begin, r);
+    weigh_codes(begin, rows);
     float* const out = state_.sums + begin * state_.stride;
     const std::int64_t pairs = vecs * kWidth / 2;
     std::int64_t d = 0;
@@ -142,27 +143,62 @@ class CodedSpan : BlockSpan<E> {
                                state_.stride);
   }
 
-  // Weights of a query times the scales of the values, as codes of what is largest among them.
-  void code_weights(std::int64_t begin, int r) const {
-    const Range& range = ranges_[begin + r];
-    const float* const from = w_.scores + r * kChunk;
-    VecF x[kVecs];
+  // Turns the scores of a tile into weights, updates tops and totals, and codes weights times the scales of the values
+  // by what is largest among them. All queries take each step together: none waits for the end of its own chain.
+  void weigh_codes(std::int64_t begin, int rows) const {
+    alignas(32) float drops[kWidth], inverse[kWidth];
+    VecF most[kWidth] = {};
+    for (int r = 0; r < rows; ++r) {
+      VecF x[kVecs];
+      load_scores(w_.scores + r * kChunk, ranges_[begin + r], x);
+      most[r] = max(max(x[0], x[1]), max(x[2], x[3]));
+    }
+    const __m256i some = first_lanes(rows);
+    const VecF before = _mm256_maskload_ps(state_.tops + begin, some);
+    const VecF tops = max(reduce_max_each(most), before);
+    _mm256_maskstore_ps(state_.tops + begin, some, tops);
+    const VecF drop = exp2_down(sub(before, tops));
+    store_f32(drops, drop);
+    store_f32(w_.factors, drop);
+    for (int r = 0; r < rows; ++r) most[r] = weigh_row(begin + r, r, drops[r]);
+    const VecF top = reduce_max_each(most);
+    const VecF used = _mm256_cmp_ps(top, set1(kLeastCoded), _CMP_GE_OQ);
+    store_f32(inverse, _mm256_and_ps(used, div(set1(kWeightTop), top)));
+    store_f32(w_.weight_scales, _mm256_and_ps(used, mul(top, set1(1.0f / kWeightTop))));
+    for (int r = 0; r < rows; ++r) code_row(r, set1(inverse[r]));
+  }
+
+  // Weights of one query times the scales of the values, in place of its scores; returns the largest of each lane.
+  VecF weigh_row(std::int64_t query, int r, float drop) const {
+    const Range& range = ranges_[query];
+    float* const row = w_.scores + r * kChunk;
+    float* const totals = state_.totals + query * kWidth;
+    VecF x[kVecs], total[kVecs];
+    load_scores(row, range, x);
+    const VecF top = set1(state_.tops[query]);
     unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
-      x[p] = mul(load_f32(from + p * kWidth), load_f32(w_.value_scales + p * kWidth));
+      total[p] = exp2_coded(sub(x[p], top));
+      x[p] = mul(total[p], load_f32(w_.value_scales + p * kWidth));
     });
+    // Scales of entries that nothing was stored in are any numbers.
     if (!range.all())
       for (int p = 0; p < kVecs; ++p)
         x[p] = keep_lanes(x[p], range.begin - p * kWidth, range.end - p * kWidth, set1(0.0f));
-    if (wild_ != 0) spoil(begin + r, range);
-    const float top = reduce_max(max(max(x[0], x[1]), max(x[2], x[3])));
-    const bool some = top >= kLeastCoded;
-    const VecF inverse = set1(some ? kWeightTop / top : 0.0f);
-    w_.weight_scales[r] = some ? top * (1.0f / kWeightTop) : 0.0f;
-    __m256i codes[kVecs];
-    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { codes[p] = _mm256_cvtps_epi32(mul(x[p], inverse)); });
+    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { store_f32(row + p * kWidth, x[p]); });
+    const VecF sum = add(add(total[0], total[1]), add(total[2], total[3]));
+    store_f32(totals, multiply_add(load_f32(totals), set1(drop), sum));
+    if (wild_ != 0) spoil(query, range);
+    return max(max(x[0], x[1]), max(x[2], x[3]));
+  }
+
+  void code_row(int r, VecF inverse) const {
+    const float* const row = w_.scores + r * kChunk;
     auto* const to = reinterpret_cast<__m256i*>(w_.weights + r * kChunk);
-    _mm256_store_si256(to, _mm256_permute4x64_epi64(_mm256_packs_epi32(codes[0], codes[1]), 0xd8));
-    _mm256_store_si256(to + 1, _mm256_permute4x64_epi64(_mm256_packs_epi32(codes[2], codes[3]), 0xd8));
+    unroll<kVecs / 2>([&](auto p) QTALE_INLINE_LAMBDA {
+      const __m256i low = _mm256_cvtps_epi32(mul(load_f32(row + 2 * p * kWidth), inverse));
+      const __m256i high = _mm256_cvtps_epi32(mul(load_f32(row + (2 * p + 1) * kWidth), inverse));
+      _mm256_store_si256(to + p, _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
+    });
   }
 
   // A query that sees values which are not finite has no result.

@@ -100,6 +100,32 @@ QTALE_INLINE CodeScale code_scale(VecI amax_bits, float top) {
           _mm256_and_ps(used, div(set1(top), amax))};
 }
 
+// All bits of the first `count` lanes.
+QTALE_INLINE __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// The largest lane of each vector.
+inline VecF reduce_max_each(const VecF (&v)[kWidth]) {
+  const auto halves = [](VecF a, VecF b) { return max(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee)); };
+  const auto four = [&](int r) {
+    const VecF a = halves(v[r], v[r + 1]), b = halves(v[r + 2], v[r + 3]);
+    return max(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+  };
+  const VecF low = four(0), high = four(4);
+  return max(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+// 2^x for x <= 0 within 3e-6 of it, a twentieth of what a weight's code resolves; 0 where that is no normal float.
+inline VecF exp2_coded(VecF x) {
+  const VecF biased = add(x, set1(kBias));
+  const VecF f = sub(x, sub(biased, set1(kBias)));
+  VecF sum = set1(9.58285309e-3f);
+  for (const float coefficient : {5.59064246e-2f, 2.40240986e-1f, 6.93124193e-1f, 1.0f})
+    sum = multiply_add(sum, f, set1(coefficient));
+  return scale_down(sum, biased, x);
+}
+
 // a in the lower halves of 32-bit lanes, b in the upper ones; numbers that are not finite are coded as zero.
 QTALE_INLINE __m256i code_pairs(VecF a, VecF b) {
   return _mm256_blend_epi16(_mm256_cvtps_epi32(a), _mm256_slli_epi32(_mm256_cvtps_epi32(b), 16), 0xaa);
