@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/half.h"
+#include "qtale/device.h"
 
 namespace qtale::test {
 namespace {
@@ -91,10 +92,16 @@ std::vector<float> Attending::run() const {
 
 namespace {
 
+// Whether queries, keys, weights and values are coded by integers of 16 bits.
+bool is_coded(const Attending& a, const Cache& c) {
+  return cpu_isa() == "avx2" && a.compute == Compute::int8 && a.head_dim % 8 == 0 && c.dtype != DType::s8;
+}
+
 // What rounding adds to the error, as a share of the largest value. Scores of 8-bit keys are exact: the query that they
-// are compared with is rounded alike, but for codes that are halfway between two.
-double rounding_share(const Attending& a, const Cache& c, double reach) {
+// are compared with is rounded alike, but for codes that are halfway between two. `moved`: what codes add to a score.
+double rounding_share(const Attending& a, const Cache& c, double reach, double moved) {
   if (c.dtype == DType::s8) return 0x1p-8 * 1.5;
+  if (is_coded(a, c)) return 0x1p-10 * 1.25 + std::expm1(2.0 * moved);
   return a.compute == Compute::int8 ? 0x1p-8 * (1.25 + 1.125 * reach) : 0.0;
 }
 
@@ -105,10 +112,13 @@ double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int
                        a.q.begin() + (row * a.heads + head + 1) * a.head_dim);
   if (c.dtype == DType::s8) round_to_codes(q.data(), a.head_dim);
   std::vector<double> weights;
-  double top = -INFINITY, total = 0.0, reach = 0.0, largest = 0.0;
+  double top = -INFINITY, total = 0.0, reach = 0.0, largest = 0.0, moved = 0.0;
   for (std::int64_t j = begin; j < end; ++j) {
-    double dot = 0.0, sum = 0.0;
+    double dot = 0.0, sum = 0.0, most_q = 0.0, most_k = 0.0, sum_q = 0.0, sum_k = 0.0;
     for (std::int64_t d = 0; d < a.head_dim; ++d) {
+      const double query = std::fabs(q[static_cast<std::size_t>(d)]), key = std::fabs(c.key(j, kv, d));
+      most_q = std::max(most_q, query), most_k = std::max(most_k, key);
+      sum_q += query, sum_k += key;
       const double product = double{a.scale} * q[static_cast<std::size_t>(d)] * c.key(j, kv, d);
       dot += product;
       sum += std::fabs(product);
@@ -116,6 +126,7 @@ double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int
     weights.push_back(dot);
     top = std::max(top, dot);
     reach = std::max(reach, sum);
+    moved = std::max(moved, a.scale * (most_q * sum_k / 4094.0 + most_k * sum_q / 8190.0));
   }
   for (double& weight : weights) total += weight = std::exp(weight - top);
   std::vector<double> exact(static_cast<std::size_t>(a.head_dim));
@@ -126,7 +137,7 @@ double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int
     }
   }
   const double entries = static_cast<double>(std::max<std::int64_t>(0, end - begin));
-  const double rounding = rounding_share(a, c, reach);
+  const double rounding = rounding_share(a, c, reach, moved);
   const double bound =
       largest * (0x1p-24 * (static_cast<double>(a.head_dim) + entries + 64) * (1 + 2 * reach) + rounding);
   double worst = 0.0;

@@ -60,6 +60,30 @@ TEST_CASE("attention: scores that are large, equal or far apart") {
   }
 }
 
+TEST_CASE("attention: a few dimensions of queries and keys that are far larger than the others") {
+  Random random(31);
+  for (const std::int64_t dim : {64, 72, 128}) {
+    Cache cache(300, 1, dim, DType::f16);
+    std::vector<float> keys(cache.k.size()), values(cache.v.size());
+    for (std::size_t i = 0; i < keys.size(); ++i)
+      keys[i] = random.normal() * (i % static_cast<std::size_t>(dim) == 5 ? 60.0f : 1.0f);
+    for (std::size_t i = 0; i < values.size(); ++i)
+      values[i] = random.normal() * (i % static_cast<std::size_t>(dim) == 9 ? 30.0f : 0.1f);
+    cache.append(keys, values, 0);
+    Attending a{4, dim, 0.05f, {}, {}, {}, {}, {}};
+    add_causal(a, random, cache, 40, 0);
+    for (std::size_t i = 7; i < a.q.size(); i += static_cast<std::size_t>(dim)) a.q[i] *= 40.0f;
+    for (const std::string& isa : cpu_isas()) {
+      const IsaScope scope(isa);
+      for (const Compute compute : {Compute::floating, Compute::int8}) {
+        a.compute = compute;
+        INFO(isa << " " << name_of(compute) << ", heads of " << dim);
+        CHECK(worst_share(a, a.run()) <= 1.0);
+      }
+    }
+  }
+}
+
 TEST_CASE("attention: a row has the same bits alone, in any run, in any batch and on any number of threads",
           "[threads]") {
   const std::pair<DType, std::int64_t> kinds[] = {

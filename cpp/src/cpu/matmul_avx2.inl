@@ -48,7 +48,7 @@ void run_streams(const MatmulArgs& a, const Acts& acts, Frame& frame, int stream
   const TileFn tile = direct_tile(l.num_bits, rows, streams);
   for (std::int64_t i = 0; i < length; ++i) {
     std::memset(frame.out, 0, static_cast<std::size_t>(streams * rows * kRows) * sizeof(float));
-    tile({&l, &acts, row, a.panels + (begin + i) * l.panel_bytes, length * l.panel_bytes, 0, l.blocks, frame.kept,
+    tile({&l, &acts, 0, row, a.panels + (begin + i) * l.panel_bytes, length * l.panel_bytes, 0, l.blocks, frame.kept,
           frame.kept_scales, frame.kept, 0, frame.part, frame.out, frame.seventh});
     for (std::int64_t s = 0; s < streams; ++s)
       finish_panel(a, acts, begin + i + s * length, row, rows, frame.out + s * rows * kRows);
@@ -68,7 +68,8 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
   for (std::int64_t b = 0; b < l.blocks; b += stretch) {
     Tile tile{&l,
               &acts,
-              row,
+              acts.packed ? row / acts.width : 0,
+              acts.packed ? row % acts.width : row,
               codes,
               0,
               b,
@@ -81,8 +82,7 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
               frame.out,
               frame.seventh};
     for (std::int64_t m = 0; m < rows;) {
-      const std::int64_t size = !acts.packed ? rows : min64(rows - m, kTile);
-      tile.row = row + m;
+      const std::int64_t size = !acts.packed ? rows : min64(rows - m, acts.width - tile.lane);
       tile.out = frame.out + m * kRows;
       if (m > 0 && m + size == rows) {
         tile.ahead = codes + l.block_offset(tile.end);
@@ -93,6 +93,8 @@ void run_panel(const MatmulArgs& a, const Acts& acts, Frame& frame, std::int64_t
                                       : keeping_tile(l.num_bits, size);
       run(tile);
       m += size;
+      ++tile.tile;
+      tile.lane = 0;
     }
   }
   finish_panel(a, acts, panel, row, rows, frame.out);
@@ -107,7 +109,7 @@ void run_rows(const MatmulArgs& a, std::int64_t panel_begin, std::int64_t panel_
   for (std::int64_t row = row_begin * acts.planes; row < end;) {
     // Whole tiles, but at the end.
     const std::int64_t tiles = next_tile((end - row + kTile - 1) / kTile, kRowBlock / kTile);
-    const std::int64_t rows = min64(end - row, tiles * kTile);
+    const std::int64_t rows = acts.rows > kEvenRows ? min64(end - row, tiles * kTile) : end - row;
     if (!acts.packed && rows <= 2)
       run_streams(a, acts, frame, rows == 1 ? 4 : 2, panel_begin, panel_end, row, rows);
     else

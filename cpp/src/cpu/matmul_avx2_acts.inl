@@ -16,6 +16,8 @@ namespace {
 constexpr int kTile = 6;  // rows: twelve accumulators leave room for two weights, a broadcast and a product
 // Rows that take a panel's codes as they are, in one tile. 8-bit codes, which wait for memory, gain more by being kept.
 constexpr int direct_rows(bool wide) { return wide ? kTile : kTile + 1; }
+constexpr std::int64_t kEvenRows =
+    4 * kTile;                     // so few make tiles of equal size: a thin one costs as much as a full one
 constexpr std::int64_t kWord = 4;  // bytes that a multiplication takes of a row of codes
 
 // Bytes from row to row: an odd number of cache lines, so that the rows of a tile do not fall into the same L1 sets.
@@ -34,12 +36,12 @@ struct Acts {
   bool joint;  // whether the flushes of an activation group share their scales, so that they are added as integers
   std::int64_t groups;   // scales per row
   bool packed;           // by tiles
-  std::int64_t width;    // rows of a tile, of all of them where they are not packed
+  std::int64_t width;    // rows of a tile, which are packed in kTile places; all rows where they are not packed
   std::int64_t stride;   // bytes from row to row of codes, or in all of a row's words where they are packed
   std::byte* codes;      // int8; for 8-bit weights int16, and inputs 1 and 2 of every four change places
-  std::int32_t* starts;  // [tiles, flushes, width]: what accumulators start at, a pair of 16-bit lanes; 0 for 8 bits
-  float* sums;           // [tiles, flushes, width]: sums of the codes
-  float* scales;         // [tiles, groups, width]
+  std::int32_t* starts;  // [tiles, flushes, places]: what accumulators start at, a pair of 16-bit lanes; 0 for 8 bits
+  float* sums;           // [tiles, flushes, places]: sums of the codes
+  float* scales;         // [tiles, groups, places]
   std::size_t bytes;
 
   Acts(const Layout& l, std::int64_t row_count, Compute mode, std::byte* workspace)
@@ -53,10 +55,12 @@ struct Acts {
         joint(flush < kActGroup && l.block_k >= kActGroup),
         groups(l.act_groups),
         packed(rows > direct_rows(l.num_bits == 8)),
-        width(packed ? kTile : rows) {
+        width(rows > kEvenRows ? kTile
+              : packed         ? next_tile(rows, kTile)
+                               : rows) {
     const std::int64_t row_bytes = l.num_bits == 8 ? 2 * l.k_padded : l.k_padded;
     stride = packed ? row_bytes : row_stride(row_bytes);
-    const std::int64_t room = packed ? (rows + kTile - 1) / kTile * kTile : rows;
+    const std::int64_t room = packed ? (rows + width - 1) / width * kTile : rows;
     const std::size_t code_bytes = aligned(static_cast<std::size_t>(room * stride));
     const std::size_t flush_bytes = aligned(static_cast<std::size_t>(room * flushes) * sizeof(float));
     codes = workspace;
@@ -66,17 +70,17 @@ struct Acts {
     bytes = code_bytes + 2 * flush_bytes + aligned(static_cast<std::size_t>(room * groups) * sizeof(float));
   }
 
-  // Where a row has number `index` of `count`.
-  std::int64_t place(std::int64_t row, std::int64_t index, std::int64_t count) const {
-    return (row / width * count + index) * width + row % width;
+  std::int64_t places() const { return packed ? kTile : rows; }
+  // Where the row in place `lane` of a tile has number `index` of `count`.
+  std::int64_t place(std::int64_t tile, std::int64_t lane, std::int64_t index, std::int64_t count) const {
+    return (tile * count + index) * places() + lane;
   }
   // The word at byte `offset` of a row's codes.
-  std::byte* word(std::int64_t row, std::int64_t offset) const {
-    return packed ? codes + row / kTile * kTile * stride + offset * kTile + row % kTile * kWord
-                  : codes + row * stride + offset;
+  std::byte* word(std::int64_t tile, std::int64_t lane, std::int64_t offset) const {
+    return packed ? codes + (tile * stride + offset) * kTile + lane * kWord : codes + lane * stride + offset;
   }
   void store(std::int64_t row, std::int64_t offset, const std::byte* from, std::int64_t count) const {
-    std::byte* to = word(row, offset);
+    std::byte* to = word(row / width, row % width, offset);
     if (!packed) {
       std::memcpy(to, from, static_cast<std::size_t>(count));
       return;
@@ -138,7 +142,7 @@ void code_group(const Acts& out, std::int64_t row, std::int64_t group, float ama
     if (scale < out.least) scale = out.least;
     for (std::int64_t i = 0; i < padded; i += out.flush) {
       const std::int64_t count = min64(out.flush, padded - i), k = group * kActGroup + i;
-      const std::int64_t at = out.place(r, k / out.flush, out.flushes);
+      const std::int64_t at = out.place(r / out.width, r % out.width, k / out.flush, out.flushes);
       const float sum = code_plane<Wide>(x + i, count, scale, codes);
       out.store(r, kBytes * k, codes, kBytes * count);
       if constexpr (Wide) {
@@ -150,7 +154,7 @@ void code_group(const Acts& out, std::int64_t row, std::int64_t group, float ama
         out.sums[at] = static_cast<float>(_mm_cvtsi128_si32(_mm_madd_epi16(lanes, _mm_set1_epi16(1))));
       }
     }
-    out.scales[out.place(r, group, out.groups)] = finite ? scale : amax - amax;
+    out.scales[out.place(r / out.width, r % out.width, group, out.groups)] = finite ? scale : amax - amax;
   }
 }
 

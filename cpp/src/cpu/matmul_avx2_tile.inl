@@ -9,12 +9,12 @@
 namespace qtale::cpu {
 namespace {
 
-// Rows from `row` on times blocks [begin, end) of one panel, or of several panels `stream` bytes apart. Sums are added
+// Some rows times blocks [begin, end) of one panel, or of several panels `stream` bytes apart. Sums are added
 // to out [streams][rows][16]; part, as large, holds those of an unfinished activation group.
 struct Tile {
   const Layout* layout;
   const Acts* acts;
-  std::int64_t row;
+  std::int64_t tile, lane;  // of packed rows the tile and the place in it where they begin; of others lane is the row
   const std::uint8_t* panel;
   std::int64_t stream;
   std::int64_t begin, end;
@@ -143,7 +143,7 @@ QTALE_INLINE void add_flush(const Tile& t, const Layout& l, const Acts& acts, co
         __m256 value = _mm256_cvtepi32_ps(sum);
         if constexpr (Zeros) {
           __m256 codes = _mm256_broadcast_ss(at.sums + m);
-          if constexpr (kJoint) codes = _mm256_add_ps(codes, _mm256_broadcast_ss(at.sums + m - acts.width));
+          if constexpr (kJoint) codes = _mm256_add_ps(codes, _mm256_broadcast_ss(at.sums + m - acts.places()));
           value = _mm256_fnmadd_ps(zeros, codes, value);
         }
         value = begins(At) || kJoint ? _mm256_mul_ps(value, scales[half])
@@ -214,25 +214,22 @@ QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place&
     end_flush<C, T, S, Keep, false>(t, l, acts, at, last, acc);
   else
     end_flush<C, T, S, Keep, true>(t, l, acts, at, last, acc);
-  at.starts += acts.width;
-  at.sums += acts.width;
+  at.starts += acts.places();
+  at.sums += acts.places();
   at.in_group += count;
   if (last) {
     at.in_group = 0;
-    at.input_scales += acts.width;
+    at.input_scales += acts.places();
   }
   // Hides how they move on: compilers would move a pointer for every row.
   asm("" : "+r"(at.starts), "+r"(at.sums), "+r"(at.input_scales));
 }
 
-template <bool Packed, bool Kept>
+template <bool Kept>
 QTALE_INLINE Place first_place(const Tile& t, const Layout& l, const Acts& acts) {
-  const std::int64_t k = t.begin * l.block_k;
-  const auto place = [&](std::int64_t index, std::int64_t count) {
-    return Packed ? (t.row / kTile * count + index) * kTile : index * acts.width + t.row;
-  };
-  const std::int64_t flush = place(t.begin * acts.per_block, acts.flushes);
-  const std::byte* row = acts.word(t.row, (l.num_bits == 8 ? 2 : 1) * k);
+  const std::int64_t k = t.begin * l.block_k,
+                     flush = acts.place(t.tile, t.lane, t.begin * acts.per_block, acts.flushes);
+  const std::byte* row = acts.word(t.tile, t.lane, (l.num_bits == 8 ? 2 : 1) * k);
   return {Kept ? t.kept : t.panel + l.block_offset(t.begin),
           t.kept,
           t.ahead,
@@ -241,7 +238,7 @@ QTALE_INLINE Place first_place(const Tile& t, const Layout& l, const Acts& acts)
           {row, row + 3 * acts.stride, acts.stride, 3 * acts.stride},
           acts.starts + flush,
           acts.sums + flush,
-          acts.scales + place(k / kActGroup, acts.groups),
+          acts.scales + acts.place(t.tile, t.lane, k / kActGroup, acts.groups),
           0};
 }
 
@@ -252,7 +249,7 @@ __attribute__((noipa)) void tile_int8(const Tile& tile) {
   const Tile t = tile;
   const Layout l = *t.layout;
   const Acts acts = *t.acts;
-  Place at = first_place < C::kKept || Keep, C::kKept > (t, l, acts);
+  Place at = first_place<C::kKept>(t, l, acts);
   const std::int64_t params_step = l.per_channel ? 0 : l.block_offset(1);
   for (std::int64_t b = t.begin; b < t.end; ++b) {
     std::int64_t left = l.block_size(b);
