@@ -94,7 +94,7 @@ namespace {
 
 // Whether queries, keys, weights and values are coded by integers of 16 bits.
 bool is_coded(const Attending& a, const Cache& c) {
-  return cpu_isa() == "avx2" && a.compute == Compute::int8 && a.head_dim % 8 == 0 && c.dtype != DType::s8;
+  return cpu_isa() == "avx2" && rounds_to_bfloat16(a.compute) && a.head_dim % 8 == 0 && c.dtype != DType::s8;
 }
 
 // What rounding adds to the error, as a share of the largest value. Scores of 8-bit keys are exact: the query that they
@@ -102,7 +102,7 @@ bool is_coded(const Attending& a, const Cache& c) {
 double rounding_share(const Attending& a, const Cache& c, double reach, double moved) {
   if (c.dtype == DType::s8) return 0x1p-8 * 1.5;
   if (is_coded(a, c)) return 0x1p-10 * 1.25 + std::expm1(2.0 * moved);
-  return a.compute == Compute::int8 ? 0x1p-8 * (1.25 + 1.125 * reach) : 0.0;
+  return rounds_to_bfloat16(a.compute) ? 0x1p-8 * (1.25 + 1.125 * reach) : 0.0;
 }
 
 // The share of one head of a row.
@@ -126,7 +126,7 @@ double head_share(const Attending& a, const Cache& c, std::int64_t row, std::int
     weights.push_back(dot);
     top = std::max(top, dot);
     reach = std::max(reach, sum);
-    moved = std::max(moved, a.scale * (most_q * sum_k / 4094.0 + most_k * sum_q / 8190.0));
+    moved = std::max(moved, a.scale * (most_q * sum_k / 4000.0 + most_k * sum_q / 8000.0));
   }
   for (double& weight : weights) total += weight = std::exp(weight - top);
   std::vector<double> exact(static_cast<std::size_t>(a.head_dim));

@@ -75,7 +75,7 @@ TEST_CASE("attention: a few dimensions of queries and keys that are far larger t
     for (std::size_t i = 7; i < a.q.size(); i += static_cast<std::size_t>(dim)) a.q[i] *= 40.0f;
     for (const std::string& isa : cpu_isas()) {
       const IsaScope scope(isa);
-      for (const Compute compute : {Compute::floating, Compute::int8}) {
+      for (const Compute compute : {Compute::floating, Compute::int8, Compute::bfloat16}) {
         a.compute = compute;
         INFO(isa << " " << name_of(compute) << ", heads of " << dim);
         CHECK(worst_share(a, a.run()) <= 1.0);

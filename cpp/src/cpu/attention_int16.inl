@@ -207,7 +207,7 @@ class CodedSpan : BlockSpan<E> {
     if ((seen & wild_) != 0) state_.totals[query * kWidth] = std::numeric_limits<float>::quiet_NaN();
   }
 
-  using Base::a_, Base::b_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_, Base::whole_;
+  using Base::a_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_, Base::whole_;
   using Base::page, Base::set_ranges, Base::values_at_, Base::vectors_seen;
 
   CodedWorkspace w_;

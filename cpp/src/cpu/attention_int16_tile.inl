@@ -9,7 +9,8 @@
 namespace qtale::cpu::attending {
 namespace {
 
-// Largest codes. No sum of kMaxHeadDim products of the first two or of kChunk products of the last two leaves 32 bits.
+// Largest codes of finite numbers. No sum of kMaxHeadDim products of the first two or of kChunk products of the last
+// two leaves 32 bits.
 constexpr float kQueryTop = 2047.0f, kKeyTop = 4095.0f, kWeightTop = 16383.0f, kValueTop = 4095.0f;
 static_assert(std::int64_t{2047} * 4095 * kMaxHeadDim <= INT32_MAX);
 static_assert(std::int64_t{16383} * 4095 * kChunk <= INT32_MAX);
@@ -86,9 +87,10 @@ template <int Vecs>
 constexpr PairValues kPairValues[kTileRows] = {pair_values<1, Vecs>, pair_values<2, Vecs>, pair_values<3, Vecs>,
                                                pair_values<4, Vecs>, pair_values<5, Vecs>, pair_values<6, Vecs>};
 
-constexpr float kLeastCoded = 1e-30f;  // what is smaller has codes of zero: its scale would have no inverse
+// What is smaller, weights times scales of values among it, has codes of zero: its scale would have no inverse.
+constexpr float kLeastCoded = 1e-30f;
 
-// Numbers as codes of up to `top`, and what a code is worth. A scale of what is not finite is NaN, its codes are zero.
+// Numbers as codes of up to `top`, and what a code is worth: NaN where one is not finite, so that codes do not matter.
 struct CodeScale {
   VecF scale, inverse;
 };

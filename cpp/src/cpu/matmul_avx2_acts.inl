@@ -17,7 +17,7 @@ constexpr int kTile = 6;  // rows: twelve accumulators leave room for two weight
 // Rows that take a panel's codes as they are, in one tile. 8-bit codes, which wait for memory, gain more by being kept.
 constexpr int direct_rows(bool wide) { return wide ? kTile : kTile + 1; }
 constexpr std::int64_t kEvenRows =
-    4 * kTile;                     // so few make tiles of equal size: a thin one costs as much as a full one
+    4 * kTile;                     // so few make tiles of nearly equal size: a thin one costs as much as a full one
 constexpr std::int64_t kWord = 4;  // bytes that a multiplication takes of a row of codes
 
 // Bytes from row to row: an odd number of cache lines, so that the rows of a tile do not fall into the same L1 sets.
