@@ -20,6 +20,7 @@ import qtale
 from engine_samples import make_model
 from engine_samples import save_model as save_member
 from plan_samples import MIXED, MODULES, SIZES, deployer, make_plan, save_importance, save_model
+from qtale import _core
 from qtale.checkpoint import open_folder
 from qtale.deployment import Deployment
 from qtale.engine.arena import PAGE
@@ -88,11 +89,11 @@ def test_a_deployed_model_is_bit_for_bit_the_folder_of_its_plan(biased: Path, tm
     with torch.no_grad():
         logits = torch_model(torch.tensor([IDS])).logits[0].numpy()
     spread, apart = float(logits.max() - logits.min()), logits - deployment.engine.logits(IDS)
-    if compute == "int8":
-        # The engine's attention rounds, too, so that both round activations to 8 bits at other places.
+    if compute == "int8" and (_core.has_bfloat16() or _core.cpu_isa() == "avx2"):
+        # The engine's attention rounds there, too, so that both round activations to 8 bits at other places.
         assert np.sqrt(np.square(apart).mean()) < 0.02 * spread
     else:
-        assert np.abs(apart).max() < {"int16": 4e-4, "float": 1e-4}[compute] * spread
+        assert np.abs(apart).max() < {"int8": 0.02, "int16": 4e-4, "float": 1e-4}[compute] * spread
 
 
 def test_budgets_are_kept_and_scores_decide(dense: Path, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ class CodedSpan : BlockSpan<E> {
     if ((seen & wild_) != 0) state_.totals[query * kWidth] = std::numeric_limits<float>::quiet_NaN();
   }
 
-  using Base::a_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_, Base::whole_;
+  using Base::a_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_;
   using Base::page, Base::set_ranges, Base::values_at_, Base::vectors_seen;
 
   CodedWorkspace w_;
@@ -215,7 +215,7 @@ class CodedSpan : BlockSpan<E> {
 };
 static_assert(kChunk == 32);
 
-// Heads of other sizes, which nothing trained so far has, stay in float32.
+// Heads of other sizes stay in float32.
 inline bool in_pairs(const AttentionArgs& a) { return a.head_dim % kWidth == 0; }
 
 inline std::size_t coded_scratch_bytes(const AttentionArgs& a, std::int64_t queries) {
