@@ -101,7 +101,7 @@ bool is_coded(const Attending& a, const Cache& c) {
 // are compared with is rounded alike, but for codes that are halfway between two. `moved`: what codes add to a score.
 double rounding_share(const Attending& a, const Cache& c, double reach, double moved) {
   if (c.dtype == DType::s8) return 0x1p-8 * 1.5;
-  if (is_coded(a, c)) return 0x1p-10 * 1.25 + std::expm1(2.0 * moved);
+  if (is_coded(a, c)) return 0x1p-9 * 1.25 + std::expm1(2.0 * moved);
   return rounds_to_bfloat16(a.compute) ? 0x1p-8 * (1.25 + 1.125 * reach) : 0.0;
 }
 

@@ -243,7 +243,7 @@ class TileSpan : BlockSpan<E> {
   using Base::by_range, Base::page, Base::pages_ahead, Base::set_ranges, Base::values_at_, Base::whole_;
 
   TileWorkspace w_;
-  PagesAhead ahead_;
+  PagesAhead<> ahead_;
   const typename E::T* pages_[kPages] = {};
   const float* scales_[kPages] = {};
   std::int64_t at_ = 0;  // entry where the chunk begins

@@ -73,7 +73,7 @@ class RoundedSpan : BlockSpan<E> {
     for (int p = 0; p < kVecs; ++p) pages[p] = page(at_ + p * kWidth);
     const Unweighed nothing = unweighed(0, 0, w_.scores);
     std::int64_t before = 0;
-    PagesAhead next = pages_ahead(at_ + kChunk);
+    PagesAhead<> next = pages_ahead(at_ + kChunk);
     const std::int64_t lines = ceil_div(next.lines(), tiles());
     by_tile([&](std::int64_t begin, std::int64_t end) {
       next.ask(lines);

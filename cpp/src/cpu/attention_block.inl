@@ -1,5 +1,6 @@
 // What every way to attend shares: a block of queries meets one span of the cache in chunks of entries. Chunks begin at
-// multiples of kChunk, whoever asks, so a query meets the same sums in the same order alone, in a tile and in a batch.
+// multiples of their length, whoever asks, so a query meets the same sums in the same order alone, in a tile and in a
+// batch.
 #pragma once
 
 #include "cpu/attention_workspace.inl"
@@ -10,6 +11,7 @@ namespace {
 constexpr std::int64_t kQueries = 192;  // of a block: so many share the conversion of a chunk
 
 // Asks for pages, for some lines of each at a time: all at once would have to wait.
+template <int Pages = kPages>
 class PagesAhead {
  public:
   PagesAhead() = default;
@@ -22,15 +24,16 @@ class PagesAhead {
   }
 
  private:
-  const char* pages_[kPages] = {};
+  const char* pages_[Pages] = {};
   std::int64_t lines_ = 0, line_ = 0;
 };
 
-// E is the type of the cache, or of its values where keys have 8 bits.
-template <class E>
+// E is the type of the cache, or of its values where keys have 8 bits; Chunk counts entries.
+template <class E, int Chunk = kChunk>
 class BlockSpan {
  protected:
   using T = typename E::T;
+  using Ahead = PagesAhead<Chunk / kPageTokens>;
 
   BlockSpan(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, std::int64_t end, Range* ranges,
             std::byte* state)
@@ -61,19 +64,19 @@ class BlockSpan {
   }
 
   // The pages of the chunk at an entry, which has no lines where nothing of it is seen.
-  PagesAhead pages_ahead(std::int64_t at) const {
-    PagesAhead ahead(at < last_ ? kv_head_bytes(a_.head_dim, a_.dtype) / 64 : 0);
-    for (int p = 0; p < kPages; ++p) ahead.set(p, page_ahead(at + p * kPageTokens));
+  Ahead pages_ahead(std::int64_t at) const {
+    Ahead ahead(at < last_ ? kv_head_bytes(a_.head_dim, a_.dtype) / 64 : 0);
+    for (int p = 0; p < Chunk / kPageTokens; ++p) ahead.set(p, page_ahead(at + p * kPageTokens));
     return ahead;
   }
 
   // What each query sees of the chunk at an entry; most chunks are seen by all queries whole.
   void set_ranges(std::int64_t at) {
-    const bool whole = shared_begin_ <= at && at + kChunk <= shared_end_;
+    const bool whole = shared_begin_ <= at && at + Chunk <= shared_end_;
     if (whole && whole_) return;
     whole_ = whole;
     const auto within = [&](std::int64_t entry) {
-      return static_cast<std::int32_t>(entry < at ? 0 : entry > at + kChunk ? kChunk : entry - at);
+      return static_cast<std::int32_t>(entry < at ? 0 : entry > at + Chunk ? Chunk : entry - at);
     };
     for (std::int64_t r = 0; r < b_.rows; ++r) {
       const std::int64_t begin = a_.begin[b_.row + r], end = a_.end[b_.row + r];
@@ -84,7 +87,7 @@ class BlockSpan {
 
   // Vectors of a chunk's entries that any of these queries sees, or comes before one that it sees.
   int vectors_seen(std::int64_t begin, std::int64_t end) const {
-    if (whole_) return kVecs;
+    if (whole_) return Chunk / kWidth;
     std::int32_t seen = 0;
     for (std::int64_t i = begin; i < end; ++i) seen = ranges_[i].end > seen ? ranges_[i].end : seen;
     return static_cast<int>((seen + kWidth - 1) / kWidth);
@@ -94,7 +97,7 @@ class BlockSpan {
   // even with weight zero, because it could be infinite.
   template <class Add>
   void by_range(std::int64_t begin, std::int64_t end, Add add) const {
-    if (whole_) return add(begin, end, Range{0, kChunk});
+    if (whole_) return add(begin, end, Range{0, Chunk});
     while (begin < end) {
       const Range range = ranges_[begin];
       std::int64_t stop = begin + 1;

@@ -9,15 +9,20 @@
 namespace qtale::cpu::attending {
 namespace {
 
+constexpr std::int64_t kCodedQueries = 384;  // of a block: what codes of a chunk cost is shared by so many
+
 // Memory of one thread.
 struct CodedWorkspace {
   std::int16_t* queries;  // [queries, kCodeStride]
-  std::int16_t* keys;     // [depth / 2, kChunk] pairs
-  std::int16_t* values;   // [kChunk / 2, depth] pairs
-  std::int16_t* weights;  // [kTileRows, kChunk]
-  float* scores;          // [kTileRows, kChunk]
-  float* key_scales;      // [kChunk]
-  float* value_scales;    // [kChunk]
+  std::int16_t* keys;     // [depth / 2, kCodedChunk] pairs
+  std::int16_t* values;   // [kCodedChunk / 2, depth] pairs
+  std::int16_t* weights;  // [kTileRows, kCodedChunk]
+  float* scores;          // [kTileRows, kCodedChunk]
+  float* key_scales;      // [kCodedChunk]
+  float* value_scales;    // [kCodedChunk]
+  float* worths;          // [kCodedChunk], of queries that see all of it
+  float* own_worths;      // [kCodedChunk], of others
+  float* most;            // [kWidth, kWidth]
   float* factors;         // [kMaxQueries]
   float* weight_scales;   // [kMaxQueries]
   float* query_scales;    // [queries]
@@ -26,18 +31,23 @@ struct CodedWorkspace {
   CodedWorkspace(std::byte* memory, std::int64_t count, std::int64_t head_dim)
       : queries(reinterpret_cast<std::int16_t*>(memory)),
         keys(queries + count * kCodeStride),
-        values(keys + kChunk * head_dim),
-        weights(values + kChunk * head_dim + kValueSlack),
-        scores(reinterpret_cast<float*>(weights + kTileRows * kChunk)),
-        key_scales(scores + kTileRows * kChunk),
-        value_scales(key_scales + kChunk),
-        factors(value_scales + kChunk),
+        values(keys + kCodedChunk * head_dim),
+        weights(values + kCodedChunk * head_dim + kValueSlack),
+        scores(reinterpret_cast<float*>(weights + kTileRows * kCodedChunk)),
+        key_scales(scores + kTileRows * kCodedChunk),
+        value_scales(key_scales + kCodedChunk),
+        worths(value_scales + kCodedChunk),
+        own_worths(worths + kCodedChunk),
+        most(own_worths + kCodedChunk),
+        factors(most + kWidth * kWidth),
         weight_scales(factors + kMaxQueries),
         query_scales(weight_scales + kMaxQueries),
         ranges(reinterpret_cast<Range*>(query_scales + round_up(count, 16))) {}
   static std::size_t bytes(std::int64_t count, std::int64_t head_dim) {
-    const std::int64_t halves = count * kCodeStride + 2 * kChunk * head_dim + kValueSlack + kTileRows * kChunk;
-    const std::int64_t floats = (kTileRows + 2) * kChunk + 2 * kMaxQueries + 3 * round_up(count, 16);
+    const std::int64_t halves =
+        count * kCodeStride + 2 * kCodedChunk * head_dim + kValueSlack + kTileRows * kCodedChunk;
+    const std::int64_t floats =
+        kWidth * kWidth + (kTileRows + 4) * kCodedChunk + 2 * kMaxQueries + 3 * round_up(count, 16);
     return static_cast<std::size_t>(halves) * sizeof(std::int16_t) + static_cast<std::size_t>(floats) * sizeof(float);
   }
 
@@ -45,8 +55,8 @@ struct CodedWorkspace {
 };
 
 template <class E>
-class CodedSpan : BlockSpan<E> {
-  using Base = BlockSpan<E>;
+class CodedSpan : BlockSpan<E, kCodedChunk> {
+  using Base = BlockSpan<E, kCodedChunk>;
 
  public:
   CodedSpan(const AttentionArgs& a, const AttentionBlock& b, std::int64_t begin, std::int64_t end, std::byte* scratch,
@@ -58,16 +68,17 @@ class CodedSpan : BlockSpan<E> {
     state_.clear(count_);
     if (begin_ >= end_) return;
     const std::int64_t tiles = (count_ + kTileRows - 1) / kTileRows;
-    for (std::int64_t at = begin_ / kChunk * kChunk; at < end_; at += kChunk) {
+    for (std::int64_t at = begin_ / kCodedChunk * kCodedChunk; at < end_; at += kCodedChunk) {
       set_ranges(at);
       wild_ = 0;
-      for (int p = 0; p < kPages; ++p) {
+      for (int p = 0; p < kCodedChunk / kPageTokens; ++p) {
         const std::int64_t entry = at + p * kPageTokens;
         if (entry + kPageTokens <= begin_ || entry >= end_) continue;
         code_keys(page(entry), p);
         code_values(page(entry) + values_at_, p);
       }
-      PagesAhead next = this->pages_ahead(at + kChunk);
+      worth_ = make_worths({0, kCodedChunk}, w_.worths);
+      typename Base::Ahead next = this->pages_ahead(at + kCodedChunk);
       const std::int64_t lines = (next.lines() + tiles - 1) / tiles;
       for (std::int64_t begin = 0, rest = tiles; rest > 0; --rest) {
         const std::int64_t end = begin + (count_ - begin) / rest;
@@ -89,7 +100,7 @@ class CodedSpan : BlockSpan<E> {
       const std::int64_t entry = p * kPageTokens + half * kWidth;
       store_f32(w_.key_scales + entry, code.scale);
       std::int16_t* to = w_.keys + 2 * entry;
-      for (std::int64_t d = 0; d < depth; d += 2, to += 2 * kChunk) {
+      for (std::int64_t d = 0; d < depth; d += 2, to += 2 * kCodedChunk) {
         const auto* pair = from + d * kPageTokens;
         _mm256_store_si256(reinterpret_cast<__m256i*>(to), code_pairs(mul(E::load(pair), code.inverse),
                                                                       mul(E::load(pair + kPageTokens), code.inverse)));
@@ -111,7 +122,7 @@ class CodedSpan : BlockSpan<E> {
       const CodeScale code = code_scale(_mm256_load_si256(reinterpret_cast<const __m256i*>(amax + j)), kValueTop);
       const VecF wild = _mm256_cmp_ps(code.scale, code.scale, _CMP_UNORD_Q);
       const std::int64_t entry = p * kPageTokens + j;
-      wild_ |= static_cast<std::uint32_t>(_mm256_movemask_ps(wild)) << entry;
+      wild_ |= static_cast<std::uint64_t>(_mm256_movemask_ps(wild)) << entry;
       store_f32(w_.value_scales + entry, _mm256_andnot_ps(wild, code.scale));
       store_f32(inverse + j, code.inverse);
     }
@@ -128,92 +139,91 @@ class CodedSpan : BlockSpan<E> {
     const int vecs = vectors_seen(begin, end);
     if (vecs == 0) return;
     const auto rows = static_cast<int>(end - begin);
-    for (int p = 0; p < vecs; p += 2)
-      kPairScores[rows - 1](w_.queries + begin * kCodeStride, w_.query_scales + begin, w_.keys + 2 * p * kWidth,
-                            w_.key_scales + p * kWidth, a_.head_dim, w_.scores + p * kWidth);
-    weigh_codes(begin, rows);
-    float* const out = state_.sums + begin * state_.stride;
-    const std::int64_t pairs = vecs * kWidth / 2;
-    std::int64_t d = 0;
-    for (; d + 2 * kWidth <= a_.head_dim; d += 2 * kWidth)
-      kPairValues<2>[rows - 1](w_.weights, w_.weight_scales, w_.factors, w_.values + 2 * d, pairs, out + d,
-                               state_.stride);
-    if (d < a_.head_dim)
-      kPairValues<1>[rows - 1](w_.weights, w_.weight_scales, w_.factors, w_.values + 2 * d, pairs, out + d,
-                               state_.stride);
+    kPairScores[rows - 1](w_.queries + begin * kCodeStride, w_.query_scales + begin, w_.keys, w_.key_scales,
+                          a_.head_dim, vecs, w_.scores);
+    whole_ ? weigh_tile<true>(begin, rows) : weigh_tile<false>(begin, rows);
+    kPairValues[rows - 1](w_.weights, w_.weight_scales, w_.factors, w_.values, vecs * kWidth / 2,
+                          state_.sums + begin * state_.stride, state_.stride);
   }
 
-  // Turns the scores of a tile into weights, updates tops and totals, and codes weights times the scales of the values
-  // by what is largest among them. All queries take each step together: none waits for the end of its own chain.
-  void weigh_codes(std::int64_t begin, int rows) const {
-    alignas(32) float drops[kWidth], inverse[kWidth];
-    VecF most[kWidth] = {};
-    for (int r = 0; r < rows; ++r) {
-      VecF x[kVecs];
-      load_scores(w_.scores + r * kChunk, ranges_[begin + r], x);
-      most[r] = max(max(x[0], x[1]), max(x[2], x[3]));
-    }
-    const __m256i some = first_lanes(rows);
-    const VecF before = _mm256_maskload_ps(state_.tops + begin, some);
-    const VecF tops = max(reduce_max_each(most), before);
-    _mm256_maskstore_ps(state_.tops + begin, some, tops);
-    const VecF drop = exp2_down(sub(before, tops));
-    store_f32(drops, drop);
-    store_f32(w_.factors, drop);
-    for (int r = 0; r < rows; ++r) most[r] = weigh_row(begin + r, r, drops[r]);
-    const VecF top = reduce_max_each(most);
-    const VecF used = _mm256_cmp_ps(top, set1(kLeastCoded), _CMP_GE_OQ);
-    store_f32(inverse, _mm256_and_ps(used, div(set1(kWeightTop), top)));
-    store_f32(w_.weight_scales, _mm256_and_ps(used, mul(top, set1(1.0f / kWeightTop))));
-    for (int r = 0; r < rows; ++r) code_row(r, set1(inverse[r]));
-  }
-
-  // Weights of one query times the scales of the values, in place of its scores; returns the largest of each lane.
-  VecF weigh_row(std::int64_t query, int r, float drop) const {
-    const Range& range = ranges_[query];
-    float* const row = w_.scores + r * kChunk;
-    float* const totals = state_.totals + query * kWidth;
-    VecF x[kVecs], total[kVecs];
-    load_scores(row, range, x);
-    const VecF top = set1(state_.tops[query]);
-    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA {
-      total[p] = exp2_coded(sub(x[p], top));
-      x[p] = mul(total[p], load_f32(w_.value_scales + p * kWidth));
-    });
+  // What weights are multiplied by to make codes: the scales of the values in `range`, of which the largest becomes
+  // kWeightTop. Returns what a code is worth.
+  float make_worths(const Range& range, float* to) const {
+    VecF scales[kCodedVecs];
     // Scales of entries that nothing was stored in are any numbers.
-    if (!range.all())
-      for (int p = 0; p < kVecs; ++p)
-        x[p] = keep_lanes(x[p], range.begin - p * kWidth, range.end - p * kWidth, set1(0.0f));
-    unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { store_f32(row + p * kWidth, x[p]); });
-    const VecF sum = add(add(total[0], total[1]), add(total[2], total[3]));
-    store_f32(totals, multiply_add(load_f32(totals), set1(drop), sum));
-    if (wild_ != 0) spoil(query, range);
-    return max(max(x[0], x[1]), max(x[2], x[3]));
+    for (int p = 0; p < kCodedVecs; ++p)
+      scales[p] = keep_seen(load_f32(w_.value_scales + p * kWidth), range, p, set1(0.0f));
+    const float top = reduce_max(largest(scales));
+    const VecF inverse = set1(top >= kLeastCoded / kValueTop ? kWeightTop / top : 0.0f);
+    for (int p = 0; p < kCodedVecs; ++p) store_f32(to + p * kWidth, mul(scales[p], inverse));
+    return top * (1.0f / kWeightTop);
   }
 
-  void code_row(int r, VecF inverse) const {
-    const float* const row = w_.scores + r * kChunk;
-    auto* const to = reinterpret_cast<__m256i*>(w_.weights + r * kChunk);
-    unroll<kVecs / 2>([&](auto p) QTALE_INLINE_LAMBDA {
-      const __m256i low = _mm256_cvtps_epi32(mul(load_f32(row + 2 * p * kWidth), inverse));
-      const __m256i high = _mm256_cvtps_epi32(mul(load_f32(row + (2 * p + 1) * kWidth), inverse));
+  // Turns the scores of a tile into weights relative to the largest of the chunk, codes these times the scales of the
+  // values, and updates tops and totals. All queries take each step together: none waits for the end of its own chain.
+  template <bool Whole>
+  void weigh_tile(std::int64_t begin, int rows) const {
+    alignas(32) float tops[kWidth], shares[kWidth];
+    for (int r = 0; r < rows; ++r) {
+      VecF x[kCodedVecs];
+      load_scores<kCodedVecs>(w_.scores + r * kCodedChunk, range_of<Whole>(begin + r), x);
+      store_f32(w_.most + r * kWidth, largest(x));
+    }
+    // Lanes of no query keep what they have.
+    const VecF top = max(reduce_max_each(w_.most), set1(-FLT_MAX)), before = load_f32(state_.tops + begin);
+    const VecF after = max(top, before);
+    store_f32(tops, top);
+    store_f32(state_.tops + begin, keep_lanes(after, 0, rows, before));
+    store_f32(shares, exp2_down(sub(top, after)));
+    store_f32(w_.factors, exp2_down(sub(before, after)));
+    for (int r = 0; r < rows; ++r) {
+      const Range range = range_of<Whole>(begin + r);
+      const bool all = range.all(kCodedChunk);
+      const float worth = all ? worth_ : make_worths(range, w_.own_worths);
+      w_.weight_scales[r] = shares[r] * worth;
+      weigh_row(r, range, all ? w_.worths : w_.own_worths, tops[r], shares[r], state_.totals + (begin + r) * kWidth);
+      if (wild_ != 0) spoil(begin + r, range);
+    }
+  }
+
+  template <bool Whole>
+  Range range_of(std::int64_t query) const {
+    return Whole ? Range{0, kCodedChunk} : ranges_[query];
+  }
+
+  void weigh_row(int r, const Range& range, const float* worths, float top, float share, float* totals) const {
+    VecF x[kCodedVecs];
+    load_scores<kCodedVecs>(w_.scores + r * kCodedChunk, range, x);
+    unroll<kCodedVecs>([&](auto p) QTALE_INLINE_LAMBDA { x[p] = exp2_coded(sub(x[p], set1(top))); });
+    auto* const to = reinterpret_cast<__m256i*>(w_.weights + r * kCodedChunk);
+    unroll<kCodedVecs / 2>([&](auto p) QTALE_INLINE_LAMBDA {
+      const __m256i low = _mm256_cvtps_epi32(mul(x[2 * p], load_f32(worths + 2 * p * kWidth)));
+      const __m256i high = _mm256_cvtps_epi32(mul(x[2 * p + 1], load_f32(worths + (2 * p + 1) * kWidth)));
       _mm256_store_si256(to + p, _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
     });
+    const VecF sum = add(add(add(x[0], x[1]), add(x[2], x[3])), add(add(x[4], x[5]), add(x[6], x[7])));
+    store_f32(totals, multiply_add(load_f32(totals), set1(w_.factors[r]), mul(sum, set1(share))));
+  }
+
+  static VecF largest(const VecF (&x)[kCodedVecs]) {
+    return max(max(max(x[0], x[1]), max(x[2], x[3])), max(max(x[4], x[5]), max(x[6], x[7])));
   }
 
   // A query that sees values which are not finite has no result.
   void spoil(std::int64_t query, const Range& range) const {
-    const std::uint64_t seen = (std::uint64_t{1} << range.end) - (std::uint64_t{1} << range.begin);
-    if ((seen & wild_) != 0) state_.totals[query * kWidth] = std::numeric_limits<float>::quiet_NaN();
+    const auto before = [](int entry) { return entry < 64 ? (std::uint64_t{1} << entry) - 1 : ~std::uint64_t{0}; };
+    if ((before(range.end) & ~before(range.begin) & wild_) != 0)
+      state_.totals[query * kWidth] = std::numeric_limits<float>::quiet_NaN();
   }
 
-  using Base::a_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_;
+  using Base::a_, Base::begin_, Base::end_, Base::count_, Base::ranges_, Base::state_, Base::whole_;
   using Base::page, Base::set_ranges, Base::values_at_, Base::vectors_seen;
 
   CodedWorkspace w_;
-  std::uint32_t wild_ = 0;  // one bit for each entry of the chunk whose values are not all finite
+  float worth_ = 0;         // what a code of weights is worth where a query sees the whole chunk
+  std::uint64_t wild_ = 0;  // one bit for each entry of the chunk whose values are not all finite
 };
-static_assert(kChunk == 32);
+static_assert(kCodedChunk == 64);
 
 // Heads of other sizes stay in float32.
 inline bool in_pairs(const AttentionArgs& a) { return a.head_dim % kWidth == 0; }
@@ -251,7 +261,7 @@ void run_coded(const AttentionArgs& a, const AttentionBlock& b, std::int64_t beg
 
 template <int TileRows, int TileVecs>
 constexpr AttentionKernel coded_kernel = {
-    kQueries, state_bytes, coded_scratch_bytes, prepare_coded, run_coded<TileRows, TileVecs>, merge, finish,
+    kCodedQueries, state_bytes, coded_scratch_bytes, prepare_coded, run_coded<TileRows, TileVecs>, merge, finish,
 };
 
 }  // namespace

@@ -9,11 +9,14 @@
 namespace qtale::cpu::attending {
 namespace {
 
-// Largest codes of finite numbers. No sum of kMaxHeadDim products of the first two or of kChunk products of the last
-// two leaves 32 bits.
-constexpr float kQueryTop = 2047.0f, kKeyTop = 4095.0f, kWeightTop = 16383.0f, kValueTop = 4095.0f;
+constexpr int kCodedChunk = 64;  // entries: what ends a step costs as much for fewer
+constexpr int kCodedVecs = kCodedChunk / kWidth;
+
+// Largest codes of finite numbers. No sum of kMaxHeadDim products of the first two or of kCodedChunk products of the
+// last two leaves 32 bits.
+constexpr float kQueryTop = 2047.0f, kKeyTop = 4095.0f, kWeightTop = 16383.0f, kValueTop = 2047.0f;
 static_assert(std::int64_t{2047} * 4095 * kMaxHeadDim <= INT32_MAX);
-static_assert(std::int64_t{16383} * 4095 * kChunk <= INT32_MAX);
+static_assert(std::int64_t{16383} * 2047 * kCodedChunk <= INT32_MAX);
 
 constexpr int kTileRows = 6;  // twelve sums leave room for two vectors, a broadcast and a product
 constexpr std::int64_t kCodeStride = kMaxHeadDim + 32;  // codes from query to query: an odd number of lines
@@ -45,29 +48,30 @@ QTALE_INLINE void multiply_pairs(__m256i (&sums)[Rows][2], const std::int16_t* f
   asm volatile("" ::: "memory");
 }
 
-// scores [Rows][kChunk] of two vectors of entries: queries [Rows][kCodeStride], keys [depth / 2][kChunk] pairs.
+// scores [Rows][kCodedChunk] of the first `vecs` vectors of entries, or one more: queries [Rows][kCodeStride], keys
+// [depth / 2][kCodedChunk] pairs.
 template <int Rows>
 __attribute__((noipa)) void pair_scores(const std::int16_t* queries, const float* query_scales,
-                                        const std::int16_t* keys, const float* key_scales, std::int64_t depth,
+                                        const std::int16_t* keys, const float* key_scales, std::int64_t depth, int vecs,
                                         float* scores) {
-  __m256i sums[Rows][2];
-  multiply_pairs<Rows, kCodeStride>(sums, queries, keys, 2 * kChunk, depth / 2);
-  unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
-    unroll<2>([&](auto p) QTALE_INLINE_LAMBDA {
-      const VecF scale = mul(load_f32(key_scales + p * kWidth), set1(query_scales[r]));
-      store_f32(scores + r * kChunk + p * kWidth, mul(_mm256_cvtepi32_ps(sums[r][p]), scale));
+  for (; vecs > 0; vecs -= 2, keys += 4 * kWidth, key_scales += 2 * kWidth, scores += 2 * kWidth) {
+    __m256i sums[Rows][2];
+    multiply_pairs<Rows, kCodeStride>(sums, queries, keys, 2 * kCodedChunk, depth / 2);
+    unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
+      unroll<2>([&](auto p) QTALE_INLINE_LAMBDA {
+        const VecF scale = mul(load_f32(key_scales + p * kWidth), set1(query_scales[r]));
+        store_f32(scores + r * kCodedChunk + p * kWidth, mul(_mm256_cvtepi32_ps(sums[r][p]), scale));
+      });
     });
-  });
+  }
 }
 
-// out [Rows][stride] = factors * out + scales * (weights [Rows][kChunk] times values [pairs][stride] pairs) for two
-// vectors of dimensions, of which `Vecs` are there.
+// `Vecs` vectors of dimensions of pair_values, of two that are multiplied.
 template <int Rows, int Vecs>
-__attribute__((noipa)) void pair_values(const std::int16_t* weights, const float* scales, const float* factors,
-                                        const std::int16_t* values, std::int64_t pairs, float* out,
-                                        std::int64_t stride) {
+QTALE_INLINE void pair_columns(const std::int16_t* weights, const float* scales, const float* factors,
+                               const std::int16_t* values, std::int64_t pairs, float* out, std::int64_t stride) {
   __m256i sums[Rows][2];
-  multiply_pairs<Rows, kChunk>(sums, weights, values, 2 * stride, pairs);
+  multiply_pairs<Rows, kCodedChunk>(sums, weights, values, 2 * stride, pairs);
   unroll<Rows>([&](auto r) QTALE_INLINE_LAMBDA {
     const VecF factor = set1(factors[r]), scale = set1(scales[r]);
     unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA {
@@ -77,17 +81,28 @@ __attribute__((noipa)) void pair_values(const std::int16_t* weights, const float
   });
 }
 
-using PairScores = void (*)(const std::int16_t*, const float*, const std::int16_t*, const float*, std::int64_t, float*);
+// out [Rows][stride] = factors * out + scales * (weights [Rows][kCodedChunk] times values [pairs][stride] pairs).
+template <int Rows>
+__attribute__((noipa)) void pair_values(const std::int16_t* weights, const float* scales, const float* factors,
+                                        const std::int16_t* values, std::int64_t pairs, float* out,
+                                        std::int64_t stride) {
+  std::int64_t left = stride;
+  for (; left >= 2 * kWidth; left -= 2 * kWidth, values += 4 * kWidth, out += 2 * kWidth)
+    pair_columns<Rows, 2>(weights, scales, factors, values, pairs, out, stride);
+  if (left > 0) pair_columns<Rows, 1>(weights, scales, factors, values, pairs, out, stride);
+}
+
+using PairScores = void (*)(const std::int16_t*, const float*, const std::int16_t*, const float*, std::int64_t, int,
+                            float*);
 using PairValues = void (*)(const std::int16_t*, const float*, const float*, const std::int16_t*, std::int64_t, float*,
                             std::int64_t);
 // By number of queries less one.
 constexpr PairScores kPairScores[kTileRows] = {pair_scores<1>, pair_scores<2>, pair_scores<3>,
                                                pair_scores<4>, pair_scores<5>, pair_scores<6>};
-template <int Vecs>
-constexpr PairValues kPairValues[kTileRows] = {pair_values<1, Vecs>, pair_values<2, Vecs>, pair_values<3, Vecs>,
-                                               pair_values<4, Vecs>, pair_values<5, Vecs>, pair_values<6, Vecs>};
+constexpr PairValues kPairValues[kTileRows] = {pair_values<1>, pair_values<2>, pair_values<3>,
+                                               pair_values<4>, pair_values<5>, pair_values<6>};
 
-// What is smaller, weights times scales of values among it, has codes of zero: its scale would have no inverse.
+// What is smaller has codes of zero: its scale would have no inverse.
 constexpr float kLeastCoded = 1e-30f;
 
 // Numbers as codes of up to `top`, and what a code is worth: NaN where one is not finite, so that codes do not matter.
@@ -107,11 +122,14 @@ QTALE_INLINE __m256i first_lanes(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// The largest lane of each vector.
-inline VecF reduce_max_each(const VecF (&v)[kWidth]) {
-  const auto halves = [](VecF a, VecF b) { return max(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee)); };
+// The largest of each row of v [kWidth][kWidth].
+inline VecF reduce_max_each(const float* v) {
+  const auto halves = [&](int a, int b) {
+    const VecF x = load_f32(v + a * kWidth), y = load_f32(v + b * kWidth);
+    return max(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xee));
+  };
   const auto four = [&](int r) {
-    const VecF a = halves(v[r], v[r + 1]), b = halves(v[r + 2], v[r + 3]);
+    const VecF a = halves(r, r + 1), b = halves(r + 2, r + 3);
     return max(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
   };
   const VecF low = four(0), high = four(4);

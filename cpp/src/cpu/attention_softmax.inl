@@ -15,7 +15,7 @@ namespace {
 struct Range {
   std::int32_t begin, end;
   bool operator==(const Range&) const = default;
-  bool all() const { return begin == 0 && end == kChunk; }
+  bool all(std::int64_t chunk = kChunk) const { return begin == 0 && end == chunk; }
 };
 
 // Of each query the largest score so far, the sum of 2^(score - largest) in lanes, and the values weighted by it.
@@ -45,22 +45,21 @@ struct State {
 
 constexpr int kMaxQueries = 16;  // of a tile
 
+// a with the lanes of vector p that a query does not see replaced.
+inline VecF keep_seen(VecF a, const Range& range, int p, VecF other) {
+  const auto lane = [&](int entry) {
+    return entry<p * kWidth ? 0 : entry>(p + 1) * kWidth ? kWidth : entry - p * kWidth;
+  };
+  return keep_lanes(a, lane(range.begin), lane(range.end), other);
+}
+
 // Scores of a query with those it does not see at -inf.
+template <int Vecs = kVecs>
 inline void load_scores(const float* scores, const Range& range, VecF* out) {
-  unroll<kVecs>([&](auto p) QTALE_INLINE_LAMBDA { out[p] = load_f32(scores + p * kWidth); });
-  if (range.all()) return;
+  unroll<Vecs>([&](auto p) QTALE_INLINE_LAMBDA { out[p] = load_f32(scores + p * kWidth); });
+  if (range.all(Vecs * kWidth)) return;
   const VecF never = set1(-std::numeric_limits<float>::infinity());
-  for (int p = 0; p < kVecs; ++p) {
-    const int begin = range.begin - p * kWidth, end = range.end - p * kWidth;
-    out[p] = keep_lanes(out[p],
-                        begin < 0        ? 0
-                        : begin > kWidth ? kWidth
-                                         : begin,
-                        end < 0        ? 0
-                        : end > kWidth ? kWidth
-                                       : end,
-                        never);
-  }
+  for (int p = 0; p < Vecs; ++p) out[p] = keep_seen(out[p], range, p, never);
 }
 
 // Turns the scores of a tile into weights, updates tops and totals, and gives the factors that the sums so far need.
