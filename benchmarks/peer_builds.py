@@ -44,7 +44,7 @@ def download(cache: Path) -> Path:
     """The newest llama.cpp of the package index, unpacked under ``cache``: the sources inside of llama-cpp-python."""
     folder, log = cache / "download", cache / "download.log"
     folder.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", folder, PACKAGE]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, "-d", folder, PACKAGE]
     run(pip, log)
     archives = sorted(folder.glob("llama_cpp_python-*.tar.gz"), key=lambda path: path.stat().st_mtime)
     if not archives:

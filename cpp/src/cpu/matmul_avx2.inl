@@ -30,12 +30,13 @@ void finish_panel(const MatmulArgs& a, const Acts& acts, std::int64_t panel, std
   if (l.per_channel) load_scales(params, l.scale_dtype, scales);
   for (std::int64_t r = 0; r < rows; r += acts.planes) {
     float* values = out + r * kRows;
-    for (int half = 0; half < 2; ++half) {
-      VecF sum = load_f32(values + (acts.planes - 1) * kRows + 8 * half);
-      for (std::int64_t p = acts.planes - 2; p >= 0; --p) sum = add(sum, load_f32(values + p * kRows + 8 * half));
-      if (l.per_channel) sum = mul(sum, scales[half]);
-      store_f32(values + 8 * half, sum);
-    }
+    if (acts.planes > 1 || l.per_channel)
+      for (int half = 0; half < 2; ++half) {
+        VecF sum = load_f32(values + (acts.planes - 1) * kRows + 8 * half);
+        for (std::int64_t p = acts.planes - 2; p >= 0; --p) sum = add(sum, load_f32(values + p * kRows + 8 * half));
+        if (l.per_channel) sum = mul(sum, scales[half]);
+        store_f32(values + 8 * half, sum);
+      }
     store_outputs(a, (row + r) / acts.planes, col, values, count);
   }
 }
