@@ -199,6 +199,34 @@ TEST_CASE("attention: what a row does not see cannot reach it, be it infinite") 
   }
 }
 
+TEST_CASE("attention: a large value that has no weight does not coarsen the others") {
+  constexpr std::int64_t kDim = 64, kEntries = 100, kLarge = 10;
+  Random random(25);
+  Cache cache(kEntries, 1, kDim, DType::f16);
+  cache.fill(random);
+  for (const std::string& isa : cpu_isas()) {
+    const IsaScope scope(isa);
+    INFO(isa);
+    Attending a{1, kDim, 0.125f, {}, {}, {}, {}, {}};
+    a.add(random, cache, 1, 0, kEntries, 0);
+    a.add(random, cache, 1, 5, kEntries - 40, 0);
+    std::copy_n(a.q.begin(), kDim, a.q.begin() + kDim);
+    std::vector<float> key(kDim), value(kDim, 30000.0f);
+    for (std::int64_t d = 0; d < kDim; ++d) key[d] = -12.0f * a.q[d];
+    cache.append(key, value, kLarge);
+    a.compute = Compute::floating;
+    const auto exact = a.run();
+    a.compute = Compute::int8;
+    const auto rounded = a.run();
+    float most = 0.0f, apart = 0.0f;
+    for (std::size_t i = 0; i < exact.size(); ++i) {
+      most = std::max(most, std::fabs(exact[i]));
+      apart = std::max(apart, std::fabs(exact[i] - rounded[i]));
+    }
+    CHECK(apart < 0.03f * most);
+  }
+}
+
 TEST_CASE("attention: rows of a block may be far apart, with memory between them that nothing was stored in") {
   constexpr std::int64_t kEntries = 200;
   const std::pair<DType, std::int64_t> kinds[] = {{DType::f16, 64}, {DType::f16, 20}, {DType::f32, 64},

@@ -127,8 +127,8 @@ struct AttentionRun {
 //   with AVX-512 BF16, for any number of rows; then 2^-8 * max |v| * (5/4 + 9/8 * max scale * |q| . |k|) comes on top.
 //   With AVX2 alone they round them to integers of 11 to 14 bits, with a scale for each query, key, value and 64
 //   weights: a score moves by scale * (max |q| * sum |k| / 4000 + max |k| * sum |q| / 8000) at most, by m, and
-//   max |v| * (5/4 * 2^-9 + e^(2m) - 1) comes on top. Numbers below 1e-30 count as zero there, and heads whose size 8
-//   does not divide stay in float32.
+//   max |v| * (5/4 * 2^-9 + e^(2m) - 1) comes on top. Queries and keys that are below 1e-30 throughout and
+//   values below 2^-80 count as zero there, and heads whose size 8 does not divide stay in float32.
 //   The others never do. With a cache of s8 each Compute rounds so, and queries to 8 bits as keys are:
 //   a score moves by scale * (max |q'| * sum |k'| / 254) at most, beside what the rounding of keys does.
 //   A row of out depends on its row of q and its entries alone, bit for bit.

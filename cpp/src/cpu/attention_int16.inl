@@ -1,6 +1,7 @@
 // Attention of a block of queries over one span of the cache with queries, keys, weights and values rounded to integers
 // of up to 14 bits where they are multiplied: AVX2 makes half as many products again of these as of float32. Each query
-// and each entry has a scale of its own, so what a query meets does not depend on its neighbours.
+// and each entry has a scale of its own, weights have one for the entries of a chunk that the query sees, so what a
+// query meets does not depend on its neighbours.
 #pragma once
 
 #include "cpu/attention.inl"
@@ -13,20 +14,20 @@ constexpr std::int64_t kCodedQueries = 384;  // of a block: what codes of a chun
 
 // Memory of one thread.
 struct CodedWorkspace {
-  std::int16_t* queries;  // [queries, kCodeStride]
-  std::int16_t* keys;     // [depth / 2, kCodedChunk] pairs
-  std::int16_t* values;   // [kCodedChunk / 2, depth] pairs
-  std::int16_t* weights;  // [kTileRows, kCodedChunk]
-  float* scores;          // [kTileRows, kCodedChunk]
-  float* key_scales;      // [kCodedChunk]
-  float* value_scales;    // [kCodedChunk]
-  float* worths;          // [kCodedChunk], of queries that see all of it
-  float* own_worths;      // [kCodedChunk], of others
-  float* most;            // [kWidth, kWidth]
-  float* factors;         // [kMaxQueries]
-  float* weight_scales;   // [kMaxQueries]
-  float* query_scales;    // [queries]
-  Range* ranges;          // [queries]
+  std::int16_t* queries;   // [queries, kCodeStride]
+  std::int16_t* keys;      // [depth / 2, kCodedChunk] pairs
+  std::int16_t* values;    // [kCodedChunk / 2, depth] pairs
+  std::int16_t* weights;   // [kTileRows, kCodedChunk]
+  float* scores;           // [kTileRows, kCodedChunk]
+  float* key_scales;       // [kCodedChunk]
+  float* value_scales;     // [kCodedChunk]
+  float* multipliers;      // [kCodedChunk], of queries that see all of it
+  float* own_multipliers;  // [kCodedChunk], of others
+  float* most;             // [kWidth, kWidth]
+  float* factors;          // [kMaxQueries]
+  float* weight_scales;    // [kMaxQueries]
+  float* query_scales;     // [queries]
+  Range* ranges;           // [queries]
 
   CodedWorkspace(std::byte* memory, std::int64_t count, std::int64_t head_dim)
       : queries(reinterpret_cast<std::int16_t*>(memory)),
@@ -36,9 +37,9 @@ struct CodedWorkspace {
         scores(reinterpret_cast<float*>(weights + kTileRows * kCodedChunk)),
         key_scales(scores + kTileRows * kCodedChunk),
         value_scales(key_scales + kCodedChunk),
-        worths(value_scales + kCodedChunk),
-        own_worths(worths + kCodedChunk),
-        most(own_worths + kCodedChunk),
+        multipliers(value_scales + kCodedChunk),
+        own_multipliers(multipliers + kCodedChunk),
+        most(own_multipliers + kCodedChunk),
         factors(most + kWidth * kWidth),
         weight_scales(factors + kMaxQueries),
         query_scales(weight_scales + kMaxQueries),
@@ -77,7 +78,8 @@ class CodedSpan : BlockSpan<E, kCodedChunk> {
         code_keys(page(entry), p);
         code_values(page(entry) + values_at_, p);
       }
-      worth_ = make_worths({0, kCodedChunk}, w_.worths);
+      // Scales of entries that nothing was stored in are any numbers; then no query sees the whole chunk.
+      worth_ = make_multipliers({0, kCodedChunk}, w_.multipliers);
       typename Base::Ahead next = this->pages_ahead(at + kCodedChunk);
       const std::int64_t lines = (next.lines() + tiles - 1) / tiles;
       for (std::int64_t begin = 0, rest = tiles; rest > 0; --rest) {
@@ -147,16 +149,30 @@ class CodedSpan : BlockSpan<E, kCodedChunk> {
   }
 
   // What weights are multiplied by to make codes: the scales of the values in `range`, of which the largest becomes
-  // kWeightTop. Returns what a code is worth.
-  float make_worths(const Range& range, float* to) const {
+  // kWeightTop. Returns what a code is worth, or 0 where scales are so far apart that large values of little weight
+  // would take the codes of all others: each query codes by what is largest for it then.
+  float make_multipliers(const Range& range, float* to) const {
     VecF scales[kCodedVecs];
-    // Scales of entries that nothing was stored in are any numbers.
-    for (int p = 0; p < kCodedVecs; ++p)
+    VecF least = set1(FLT_MAX);
+    for (int p = 0; p < kCodedVecs; ++p) {
       scales[p] = keep_seen(load_f32(w_.value_scales + p * kWidth), range, p, set1(0.0f));
+      const VecF some = _mm256_cmp_ps(scales[p], set1(0.0f), _CMP_GT_OQ);
+      least = min(least, _mm256_blendv_ps(set1(FLT_MAX), scales[p], some));
+    }
     const float top = reduce_max(largest(scales));
-    const VecF inverse = set1(top >= kLeastCoded / kValueTop ? kWeightTop / top : 0.0f);
-    for (int p = 0; p < kCodedVecs; ++p) store_f32(to + p * kWidth, mul(scales[p], inverse));
+    if (!(top <= kFarApart * reduce_min(least))) return 0.0f;
+    for (int p = 0; p < kCodedVecs; ++p) store_f32(to + p * kWidth, mul(scales[p], set1(kWeightTop / top)));
     return top * (1.0f / kWeightTop);
+  }
+
+  // Weights of one query as codes by the largest of them times the scale of its value; returns what a code is worth.
+  float code_apart(const VecF (&weights)[kCodedVecs], const Range& range, VecF (&codes)[kCodedVecs]) const {
+    for (int p = 0; p < kCodedVecs; ++p)
+      codes[p] = keep_seen(mul(weights[p], load_f32(w_.value_scales + p * kWidth)), range, p, set1(0.0f));
+    const float top = reduce_max(largest(codes));
+    const bool used = top >= kLeastCoded / kValueTop;
+    for (int p = 0; p < kCodedVecs; ++p) codes[p] = mul(codes[p], set1(used ? kWeightTop / top : 0.0f));
+    return used ? top * (1.0f / kWeightTop) : 0.0f;
   }
 
   // Turns the scores of a tile into weights relative to the largest of the chunk, codes these times the scales of the
@@ -169,7 +185,7 @@ class CodedSpan : BlockSpan<E, kCodedChunk> {
       load_scores<kCodedVecs>(w_.scores + r * kCodedChunk, range_of<Whole>(begin + r), x);
       store_f32(w_.most + r * kWidth, largest(x));
     }
-    // Lanes of no query keep what they have.
+    // Lanes of no query in the tile keep what they have.
     const VecF top = max(reduce_max_each(w_.most), set1(-FLT_MAX)), before = load_f32(state_.tops + begin);
     const VecF after = max(top, before);
     store_f32(tops, top);
@@ -179,9 +195,9 @@ class CodedSpan : BlockSpan<E, kCodedChunk> {
     for (int r = 0; r < rows; ++r) {
       const Range range = range_of<Whole>(begin + r);
       const bool all = range.all(kCodedChunk);
-      const float worth = all ? worth_ : make_worths(range, w_.own_worths);
-      w_.weight_scales[r] = shares[r] * worth;
-      weigh_row(r, range, all ? w_.worths : w_.own_worths, tops[r], shares[r], state_.totals + (begin + r) * kWidth);
+      const float worth = all ? worth_ : make_multipliers(range, w_.own_multipliers);
+      w_.weight_scales[r] = shares[r] * weigh_row(r, range, all ? w_.multipliers : w_.own_multipliers, worth, tops[r],
+                                                  shares[r], state_.totals + (begin + r) * kWidth);
       if (wild_ != 0) spoil(begin + r, range);
     }
   }
@@ -191,18 +207,25 @@ class CodedSpan : BlockSpan<E, kCodedChunk> {
     return Whole ? Range{0, kCodedChunk} : ranges_[query];
   }
 
-  void weigh_row(int r, const Range& range, const float* worths, float top, float share, float* totals) const {
-    VecF x[kCodedVecs];
+  // Codes the weights of one query, adds to its totals and returns what a code is worth.
+  float weigh_row(int r, const Range& range, const float* multipliers, float worth, float top, float share,
+                  float* totals) const {
+    VecF x[kCodedVecs], codes[kCodedVecs];
     load_scores<kCodedVecs>(w_.scores + r * kCodedChunk, range, x);
     unroll<kCodedVecs>([&](auto p) QTALE_INLINE_LAMBDA { x[p] = exp2_coded(sub(x[p], set1(top))); });
+    if (worth > 0.0f) {
+      unroll<kCodedVecs>([&](auto p) QTALE_INLINE_LAMBDA { codes[p] = mul(x[p], load_f32(multipliers + p * kWidth)); });
+    } else {
+      worth = code_apart(x, range, codes);
+    }
     auto* const to = reinterpret_cast<__m256i*>(w_.weights + r * kCodedChunk);
     unroll<kCodedVecs / 2>([&](auto p) QTALE_INLINE_LAMBDA {
-      const __m256i low = _mm256_cvtps_epi32(mul(x[2 * p], load_f32(worths + 2 * p * kWidth)));
-      const __m256i high = _mm256_cvtps_epi32(mul(x[2 * p + 1], load_f32(worths + (2 * p + 1) * kWidth)));
+      const __m256i low = _mm256_cvtps_epi32(codes[2 * p]), high = _mm256_cvtps_epi32(codes[2 * p + 1]);
       _mm256_store_si256(to + p, _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8));
     });
     const VecF sum = add(add(add(x[0], x[1]), add(x[2], x[3])), add(add(x[4], x[5]), add(x[6], x[7])));
     store_f32(totals, multiply_add(load_f32(totals), set1(w_.factors[r]), mul(sum, set1(share))));
+    return worth;
   }
 
   static VecF largest(const VecF (&x)[kCodedVecs]) {
@@ -220,10 +243,10 @@ class CodedSpan : BlockSpan<E, kCodedChunk> {
   using Base::page, Base::set_ranges, Base::values_at_, Base::vectors_seen;
 
   CodedWorkspace w_;
-  float worth_ = 0;         // what a code of weights is worth where a query sees the whole chunk
+  float worth_ = 0;         // what make_multipliers returned for queries that see the whole chunk
   std::uint64_t wild_ = 0;  // one bit for each entry of the chunk whose values are not all finite
 };
-static_assert(kCodedChunk == 64);
+static_assert(kCodedChunk == 64 && kAttentionSpan % kCodedChunk == 0 && kTileRows <= kWidth);
 
 // Heads of other sizes stay in float32.
 inline bool in_pairs(const AttentionArgs& a) { return a.head_dim % kWidth == 0; }

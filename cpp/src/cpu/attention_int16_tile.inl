@@ -104,6 +104,7 @@ constexpr PairValues kPairValues[kTileRows] = {pair_values<1>, pair_values<2>, p
 
 // What is smaller has codes of zero: its scale would have no inverse.
 constexpr float kLeastCoded = 1e-30f;
+constexpr float kFarApart = 16.0f;  // what scales of values may lie apart before they cost weights their last bits
 
 // Numbers as codes of up to `top`, and what a code is worth: NaN where one is not finite, so that codes do not matter.
 struct CodeScale {
@@ -115,11 +116,6 @@ QTALE_INLINE CodeScale code_scale(VecI amax_bits, float top) {
   const VecF used = _mm256_andnot_ps(wild, _mm256_cmp_ps(amax, set1(kLeastCoded), _CMP_GE_OQ));
   return {_mm256_or_ps(wild, _mm256_and_ps(used, mul(amax, set1(1.0f / top)))),
           _mm256_and_ps(used, div(set1(top), amax))};
-}
-
-// All bits of the first `count` lanes.
-QTALE_INLINE __m256i first_lanes(int count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
 // The largest of each row of v [kWidth][kWidth].

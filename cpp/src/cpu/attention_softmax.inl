@@ -20,7 +20,7 @@ struct Range {
 
 // Of each query the largest score so far, the sum of 2^(score - largest) in lanes, and the values weighted by it.
 // Queries that saw nothing yet have the lowest number, so that a difference of two of them is no NaN. There is room for
-// queries up to a multiple of 16, which vectors and tiles may touch.
+// queries up to a multiple of 16, and for a vector of tops that begins at any of them.
 struct State {
   float* tops;    // [queries]
   float* totals;  // [queries, kWidth]
@@ -29,11 +29,12 @@ struct State {
 
   State(std::byte* memory, std::int64_t queries, std::int64_t head_dim)
       : tops(reinterpret_cast<float*>(memory)),
-        totals(tops + round_up(queries, 16)),
+        totals(tops + round_up(queries + kWidth, 16)),
         sums(totals + round_up(queries, 16) * kWidth),
         stride(round_up(head_dim, kWidth)) {}
   static std::size_t bytes(std::int64_t queries, std::int64_t head_dim) {
-    const std::int64_t floats = round_up(queries, 16) * (1 + kWidth + round_up(head_dim, kWidth));
+    const std::int64_t floats =
+        round_up(queries + kWidth, 16) + round_up(queries, 16) * (kWidth + round_up(head_dim, kWidth));
     return static_cast<std::size_t>(floats) * sizeof(float);
   }
   void clear(std::int64_t queries) const {
