@@ -227,6 +227,30 @@ TEST_CASE("attention: a large value that has no weight does not coarsen the othe
   }
 }
 
+TEST_CASE("attention: weights that are all rounded away on AVX2 stay within the bound") {
+  constexpr std::int64_t kDim = 64, kEntries = 64;
+  // Queries and keys have one number each, which codes hold exactly.
+  Cache cache(kEntries, 1, kDim, DType::f32);
+  const float weight = 0.499f / 16383.0f;
+  for (std::int64_t j = 0; j < kEntries; ++j) {
+    std::vector<float> key(kDim), value(kDim, j == 0 ? -1.0f : 1.0f);
+    key[0] = j == 0 ? 0.0f : std::log(weight);
+    cache.append(key, value, j);
+  }
+  Random random(26);
+  Attending a{1, kDim, 1.0f / 2047.0f, {}, {}, {}, {}, {}};
+  a.add(random, cache, 1, 0, kEntries, 0);
+  std::fill(a.q.begin(), a.q.end(), 0.0f);
+  a.q[0] = 2047.0f;
+  a.compute = Compute::int8;
+  const double rest = (kEntries - 1) * double{weight}, exact = (rest - 1.0) / (rest + 1.0);
+  for (const std::string& isa : cpu_isas()) {
+    if (isa != "avx2") continue;
+    const IsaScope scope(isa);
+    for (const float x : a.run()) CHECK(std::fabs(x - exact) <= 0x1p-9 * 1.25);
+  }
+}
+
 TEST_CASE("attention: rows of a block may be far apart, with memory between them that nothing was stored in") {
   constexpr std::int64_t kEntries = 200;
   const std::pair<DType, std::int64_t> kinds[] = {{DType::f16, 64}, {DType::f16, 20}, {DType::f32, 64},

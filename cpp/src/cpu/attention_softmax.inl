@@ -49,7 +49,8 @@ constexpr int kMaxQueries = 16;  // of a tile
 // a with the lanes of vector p that a query does not see replaced.
 inline VecF keep_seen(VecF a, const Range& range, int p, VecF other) {
   const auto lane = [&](int entry) {
-    return entry<p * kWidth ? 0 : entry>(p + 1) * kWidth ? kWidth : entry - p * kWidth;
+    const int at = entry - p * kWidth;
+    return at < 0 ? 0 : at > kWidth ? kWidth : at;
   };
   return keep_lanes(a, lane(range.begin), lane(range.end), other);
 }
