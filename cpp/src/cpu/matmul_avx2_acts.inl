@@ -33,15 +33,14 @@ struct Acts {
   std::int64_t flush;      // inputs per set of accumulators: 16-bit lanes hold 64 inputs of 4 bits, 128 of fewer
   std::int64_t flushes;    // per row
   std::int64_t per_block;  // flushes
-  bool joint;  // whether the flushes of an activation group share their scales, so that they are added as integers
-  std::int64_t groups;   // scales per row
-  bool packed;           // by tiles
-  std::int64_t width;    // rows of a tile, which are packed in kTile places; all rows where they are not packed
-  std::int64_t stride;   // bytes from row to row of codes, or in all of a row's words where they are packed
-  std::byte* codes;      // int8; for 8-bit weights int16, and inputs 1 and 2 of every four change places
-  std::int32_t* starts;  // [tiles, flushes, places]: what accumulators start at, a pair of 16-bit lanes; 0 for 8 bits
-  float* sums;           // [tiles, flushes, places]: sums of the codes
-  float* scales;         // [tiles, groups, places]
+  std::int64_t groups;     // scales per row
+  bool packed;             // by tiles
+  std::int64_t width;      // rows of a tile, which are packed in kTile places; all rows where they are not packed
+  std::int64_t stride;     // bytes from row to row of codes, or in all of a row's words where they are packed
+  std::byte* codes;        // int8; for 8-bit weights int16, and inputs 1 and 2 of every four change places
+  std::int32_t* starts;    // [tiles, flushes, places]: what accumulators start at, a pair of 16-bit lanes; 0 for 8 bits
+  float* sums;             // [tiles, flushes, places]: sums of the codes
+  float* scales;           // [tiles, groups, places]
   std::size_t bytes;
 
   Acts(const Layout& l, std::int64_t row_count, Compute mode, std::byte* workspace)
@@ -52,7 +51,6 @@ struct Acts {
         flush(l.num_bits == 4 ? min64(64, l.block_k) : l.block_k),
         flushes((l.k_padded + flush - 1) / flush),
         per_block(l.block_k / flush),
-        joint(flush < kActGroup && l.block_k >= kActGroup),
         groups(l.act_groups),
         packed(rows > direct_rows(l.num_bits == 8)),
         width(rows > kEvenRows ? kTile

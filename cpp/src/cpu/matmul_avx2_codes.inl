@@ -52,7 +52,7 @@ QTALE_INLINE __m256i line_bits(const std::uint8_t* p) {
 // A form reads `kInputs` inputs from `kBytes` bytes as `kFields` pairs of registers (panel rows 0-7 and 8-15), each of
 // which meets one 32-bit word of an activation row: unsigned bytes meet signed bytes, and in wide forms 16-bit numbers
 // meet 16-bit numbers. field() is the order in which fields are taken, kAhead how many bytes ahead of each stream
-// memory is asked for.
+// memory is asked for, kHalves whether 16-bit lanes may hold no more than half an activation group.
 template <int Bits>
 struct Codes;
 
@@ -60,7 +60,7 @@ template <>
 struct Codes<4> {
   static constexpr int kInputs = 8, kFields = 2, kBytes = 64;
   static constexpr int kAhead = 2048;
-  static constexpr bool kWide = false, kKept = false;
+  static constexpr bool kWide = false, kKept = false, kHalves = true;
   static constexpr int field(int place) { return place; }
   template <int Field, bool Full>
   static QTALE_INLINE __m256i get(const std::uint8_t* w, int half) {
@@ -72,7 +72,7 @@ template <>
 struct Codes<2> {
   static constexpr int kInputs = 16, kFields = 4, kBytes = 64;
   static constexpr int kAhead = 2048;
-  static constexpr bool kWide = false, kKept = false;
+  static constexpr bool kWide = false, kKept = false, kHalves = false;
   static constexpr int field(int place) { return place; }
   template <int Field, bool Full>
   static QTALE_INLINE __m256i get(const std::uint8_t* w, int half) {
@@ -84,7 +84,7 @@ template <>
 struct Codes<3> {
   static constexpr int kInputs = 32, kFields = 8, kBytes = 192;
   static constexpr int kAhead = 2048;
-  static constexpr bool kWide = false, kKept = false;
+  static constexpr bool kWide = false, kKept = false, kHalves = false;
   // Line 2 first, because the last field of either other line needs its bits.
   static constexpr int field(int place) { return "45016237"[place] - '0'; }
   template <int Field, bool Full>
@@ -105,7 +105,7 @@ template <>
 struct Codes<8> {
   static constexpr int kInputs = 4, kFields = 2, kBytes = 64;
   static constexpr int kAhead = 1024;
-  static constexpr bool kWide = true, kKept = false;
+  static constexpr bool kWide = true, kKept = false, kHalves = false;
   static constexpr int field(int place) { return place; }
   template <int Field, bool Full>
   static QTALE_INLINE __m256i get(const std::uint8_t* w, int half) {
@@ -118,7 +118,7 @@ struct Codes<8> {
 template <bool Wide>
 struct KeptCodes {
   static constexpr int kInputs = Wide ? 4 : 8, kFields = 2, kBytes = 128;
-  static constexpr bool kWide = Wide, kKept = true;
+  static constexpr bool kWide = Wide, kKept = true, kHalves = !Wide;
   static constexpr int field(int place) { return place; }
   template <int Field, bool Full>
   static QTALE_INLINE __m256i get(const std::uint8_t* w, int half) {
