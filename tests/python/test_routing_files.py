@@ -19,6 +19,7 @@ from qtale.nn import RoutedLayer, Router
 from qtale.routing import RouterWeights, Routing, read_routing, write_routing
 
 LAYERS, HIDDEN = 4, 24
+METADATA = {"format": "qtale.router", "version": "1"}
 
 
 def sample(width: int | None = 6, seed: int = 0) -> RouterWeights:
@@ -106,7 +107,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         ({**good, "layers.1.bias2": np.zeros(3, np.float32)}, "bias2 has shape"),
         ({name: value for name, value in good.items() if name != "layers.1.w1"}, "w1 is missing"),
     ):
-        save_file(tensors, path)
+        save_file(tensors, path, METADATA)
         with pytest.raises(CheckpointError, match=message):
             read_routing(tmp_path, LAYERS, HIDDEN)
     (tmp_path / "qtale.json").write_text('{"format": "qtale.model", "version": 2}')
@@ -117,6 +118,27 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         read_routing(tmp_path, LAYERS, HIDDEN)
     with pytest.raises(InputError, match="routes layer 9"):
         write_routing(tmp_path, Routing({9: sample()}), LAYERS, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "has format None; expected 'qtale.router'"),
+        ({"format": "pt"}, "has format 'pt'; expected 'qtale.router'"),
+        ({"format": "qtale.router"}, "has version None; this qtale reads version '1'"),
+        ({"format": "qtale.router", "version": "2"}, "has version '2'; this qtale reads version '1'"),
+    ],
+)
+def test_routers_of_another_format_or_version_are_refused(
+    tmp_path: Path, metadata: dict[str, str] | None, message: str
+) -> None:
+    write_routing(tmp_path, Routing({1: sample()}), LAYERS, HIDDEN)
+    path = tmp_path / "router.safetensors"
+    save_file(load_file(path), path, METADATA)
+    assert read_routing(tmp_path, LAYERS, HIDDEN) is not None
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(CheckpointError, match=f"router.safetensors: {message}"):
+        read_routing(tmp_path, LAYERS, HIDDEN)
 
 
 def reference(model: Any, ids: torch.Tensor, decisions: dict[int, torch.Tensor]) -> torch.Tensor:

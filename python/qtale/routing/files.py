@@ -21,7 +21,7 @@ from qtale.routing.routing import RouterWeights, Routing
 
 SETTINGS_FILE = "qtale.json"
 ROUTER_FILE = "router.safetensors"
-FORMAT, VERSION = "qtale.model", 1
+FORMAT, ROUTER_FORMAT, VERSION = "qtale.model", "qtale.router", 1
 _ROUTING_KEYS = {"theta", "forced_tokens", "kv_rule", "norm_eps", "layers"}
 _PARTS = ("w1", "bias1", "norm", "w2", "bias2")
 
@@ -39,7 +39,7 @@ def read_routing(folder: Path, num_layers: int, hidden_size: int) -> Routing | N
     fields = _read_settings(settings)
     if fields is None:
         return None
-    shard = read_header(folder / ROUTER_FILE) if fields["layers"] else None
+    shard = _read_router_header(folder / ROUTER_FILE) if fields["layers"] else None
     routers = {layer: _read_router(shard, layer, fields["norm_eps"]) for layer in fields["layers"] if shard is not None}
     known = {f"layers.{layer}.{part}" for layer in fields["layers"] for part in _PARTS}
     unknown = sorted(set(shard.tensors if shard is not None else ()) - known)
@@ -87,15 +87,13 @@ def write_routing(folder: Path, routing: Routing, num_layers: int, hidden_size: 
 
 
 def _metadata() -> dict[str, str]:
-    return {"format": "qtale.router", "version": str(VERSION)}
+    # Metadata of safetensors are texts.
+    return {"format": ROUTER_FORMAT, "version": str(VERSION)}
 
 
 def _read_settings(path: Path) -> dict[str, Any] | None:
     value = read_json_object(path)
-    if value.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: has format {value.get('format')!r}; expected {FORMAT!r}.")
-    if value.get("version") != VERSION:
-        raise CheckpointError(f"{path}: has version {value.get('version')!r}; this qtale reads version {VERSION}.")
+    _check_format(path, value, FORMAT, VERSION)
     fields = value.get("routing")
     if fields is None:
         return None
@@ -108,6 +106,19 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
         if type(fields[name]) not in (int, float):
             raise CheckpointError(f"{path}: {name!r} is {fields[name]!r}; it must be a number.")
     return dict(fields)
+
+
+def _read_router_header(path: Path) -> Shard:
+    shard = read_header(path)
+    _check_format(path, shard.metadata, ROUTER_FORMAT, str(VERSION))
+    return shard
+
+
+def _check_format(path: Path, fields: Mapping[str, Any], expected: str, version: int | str) -> None:
+    if fields.get("format") != expected:
+        raise CheckpointError(f"{path}: has format {fields.get('format')!r}; expected {expected!r}.")
+    if fields.get("version") != version:
+        raise CheckpointError(f"{path}: has version {fields.get('version')!r}; this qtale reads version {version!r}.")
 
 
 def _read_router(shard: Shard, layer: int, norm_eps: float) -> RouterWeights:
