@@ -10,6 +10,7 @@ and differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from qtale import kernels
 from qtale.errors import InputError
-from qtale.tensors import FLOATS, is_torch, not_an_array
+from qtale.tensors import FLOATS, dtype_name, is_torch, not_an_array
 
 if TYPE_CHECKING:
     from qtale.tensors import Array
@@ -34,6 +35,7 @@ __all__ = [
     "project_topk",
     "qmatmul",
     "quantize",
+    "routed_rows",
     "scatter_add_rows",
     "unpack",
     "unprepack",
@@ -188,3 +190,36 @@ def scatter_add_rows(x: Array, delta: Array, indices: Array, gates: Array | None
     Raises InputError for an index outside of x or one that stands twice.
     """
     return _dense_backend(x).scatter_add_rows(x, delta, indices, gates)
+
+
+def routed_rows(x: Array, executed: Array, block: Callable[[Any], Any]) -> Any:
+    """A copy of x to which ``block``'s update is added in the rows that are executed: a layer that tokens can skip.
+
+    x is [rows, n] in float32, its rows contiguous; executed bool [rows]. ``block`` takes a copy of the executed rows,
+    [count, n], side by side, and returns what is added to them, of the same shape and dtype; it is not called where
+    count is 0. All other rows of the result are those of x, bit for bit. With autograd, gradients reach x and whatever
+    ``block`` multiplies with. Raises InputError for arrays of other shapes, dtypes or kinds.
+    """
+    _check_rows("x", x, x, "float32", ["rows", "n"])
+    _check_rows("executed", executed, x, "bool", [len(x)])
+    places = executed.nonzero().squeeze(1).int() if is_torch(executed) else np.flatnonzero(executed).astype(np.int32)
+    rows = compact_rows(x, places)
+    if len(places):
+        rows = block(rows)
+        _check_rows("what block returned", rows, x, "float32", [len(places), x.shape[1]])
+    return scatter_add_rows(x, rows, places)
+
+
+def _check_rows(name: str, array: Array, like: Array, dtype: str, shape: list[Any]) -> None:
+    """InputError unless the array is of the kind of ``like``, of that dtype and shape; names stand for any size."""
+    if not is_torch(array) and not isinstance(array, np.ndarray):
+        raise not_an_array(array)
+    fits = len(array.shape) == len(shape) and all(
+        isinstance(want, str) or size == want for size, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits or dtype_name(array) != dtype or is_torch(array) != is_torch(like):
+        expected = f"{dtype} [{', '.join(map(str, shape))}] in {'torch' if is_torch(like) else 'numpy'}"
+        kind = "torch" if is_torch(array) else "numpy"
+        raise InputError(
+            f"routed_rows: {name} is {dtype_name(array)} {list(array.shape)} in {kind}; expected {expected}."
+        )

@@ -1,4 +1,4 @@
-"""ops.matmul, ops.compact_rows and ops.scatter_add_rows on numpy arrays and torch tensors, against torch itself."""
+"""ops.matmul and the ops on routed rows, with numpy arrays and torch tensors, against torch itself."""
 
 from __future__ import annotations
 
@@ -89,6 +89,31 @@ def test_rows_go_out_and_come_back(isa: str, size: int, dtype: torch.dtype) -> N
     np.testing.assert_array_equal(ops.compact_rows(stream.numpy(), indices.numpy()), before[indices].numpy())
 
 
+@pytest.mark.parametrize(("rows", "size"), [(0, 8), (1, 1), (7, 33), (50, 64), (129, 17)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_routed_rows_are_those_of_the_masked_block(rows: int, size: int, share: float) -> None:
+    torch.manual_seed(rows + size)
+    x, weight, executed = torch.randn(rows, size), torch.randn(size, size), torch.rand(rows) < share
+    x[::3] = -0.0
+    before, seen = x.clone(), list[int]()
+
+    def block(part: Any) -> Any:
+        seen.append(len(part))
+        part += 1
+        return ops.matmul(part, weight if isinstance(part, torch.Tensor) else weight.numpy())
+
+    found = ops.routed_rows(x, executed, block)
+    expected = torch.where(executed[:, None], x + ops.matmul(x + 1, weight), x)
+    torch.testing.assert_close(found, expected)
+    # As bits, so that -0 is not 0.
+    assert torch.equal(found[~executed].view(torch.int32), x[~executed].view(torch.int32))
+    arrays = ops.routed_rows(x.numpy(), executed.numpy(), block)
+    np.testing.assert_array_equal(arrays.view(np.int32), found.numpy().view(np.int32))
+    assert torch.equal(x, before)
+    assert found.data_ptr() != x.data_ptr() or not rows
+    assert seen == ([int(executed.sum())] * 2 if executed.any() else [])
+
+
 def test_nothing_in_nothing_out() -> None:
     none = torch.empty(0, dtype=torch.int32)
     x = torch.randn(5, 8)
@@ -120,6 +145,23 @@ def test_gradients_are_those_of_torch() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_gradients_of_routed_rows_are_those_of_the_masked_block() -> None:
+    torch.manual_seed(6)
+    executed = torch.tensor([True, False, True, False])
+    results = []
+    for routed in (True, False):
+        torch.manual_seed(7)
+        x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+        if routed:
+            y = ops.routed_rows(x, executed, lambda part, weight=weight: ops.matmul(part, weight))
+        else:
+            y = torch.where(executed[:, None], x + x @ weight.T, x)
+        y.square().sum().backward()
+        results.append((y, x.grad, weight.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_they_are_traced_and_compiled() -> None:
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
     delta, gates = torch.randn(2, 8, requires_grad=True), torch.rand(2, requires_grad=True)
@@ -140,6 +182,10 @@ def test_they_are_traced_and_compiled() -> None:
     assert torch.equal(torch.compile(block, backend="aot_eager", fullgraph=True)(x), block(x))
 
 
+def unchanged(part: Any) -> Any:
+    return part
+
+
 X, WEIGHT, TWO = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 3], dtype=torch.int32)
 REFUSED: dict[str, tuple[Any, str]] = {
     "depths": (lambda: ops.matmul(X[:, :5], WEIGHT), "matmul: x has 5 features; the weight takes 8"),
@@ -157,6 +203,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "width": (lambda: ops.scatter_add_rows(X, X[:2, :5], TWO), "rows of delta have 5 elements, those of x 8"),
     "count": (lambda: ops.scatter_add_rows(X, X[:3], TWO), r"indices has shape \[2\]; expected \[3\]"),
     "gates": (lambda: ops.scatter_add_rows(X, X[:2], TWO, X[0]), r"gates has shape \[8\]; expected \[2\]"),
+    "routed vector": (lambda: ops.routed_rows(X[0], X[0] > 0, unchanged), r"x is float32 \[8\] in torch; expected"),
+    "routed half": (lambda: ops.routed_rows(X.half(), X[:, 0] > 0, unchanged), "x is float16 .* expected float32"),
+    "routed list": (lambda: ops.routed_rows(X, [True] * 4, unchanged), "expected a torch tensor or a numpy array"),
+    "routed places": (lambda: ops.routed_rows(X, TWO, unchanged), r"executed is int32 \[2\] .* bool \[4\] in torch"),
+    "routed mask": (lambda: ops.routed_rows(X, X > 0, unchanged), r"executed is bool \[4, 8\] in torch; expected bool"),
+    "routed kinds": (lambda: ops.routed_rows(X, np.ones(4, bool), unchanged), r"in numpy; expected bool \[4\]"),
+    "update": (lambda: ops.routed_rows(X, X[:, 0] == X[:, 0], lambda part: part[:2]), r"block returned is .* \[2, 8\]"),
     "integers": (lambda: ops.scatter_add_rows(X.int(), X[:2], TWO), "x is int32; expected float32"),
 }
 
