@@ -13,7 +13,8 @@ namespace {
 
 using OptionalMemory = std::optional<Memory>;
 using Part = std::pair<Memory, OptionalMemory>;
-using SegmentTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // sequence, parent or -1, tokens
+// sequence, parent or -1, tokens, tokens of the whole text or 0
+using SegmentTuple = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 
 std::optional<TensorView> optional_view(const py::dict& values, const char* name) {
   if (!values.contains(name) || values[name].is_none()) return std::nullopt;
@@ -117,10 +118,10 @@ std::span<const T> vector_of(const char* name, const Memory& memory, DType dtype
 std::vector<Segment> segments_of(const std::vector<SegmentTuple>& tuples, std::span<const std::int32_t> tokens) {
   std::vector<Segment> segments;
   std::size_t used = 0;
-  for (const auto& [sequence, parent, count] : tuples) {
+  for (const auto& [sequence, parent, count, text_length] : tuples) {
     if (count < 0 || static_cast<std::size_t>(count) > tokens.size() - used)
       throw InputError("Decoder: the segments count more tokens than are given.");
-    segments.push_back({sequence, parent, tokens.subspan(used, static_cast<std::size_t>(count))});
+    segments.push_back({sequence, parent, tokens.subspan(used, static_cast<std::size_t>(count)), text_length});
     used += static_cast<std::size_t>(count);
   }
   return segments;
@@ -166,6 +167,25 @@ void score(Decoder& decoder, const std::vector<SegmentTuple>& tuples, const Memo
   }
 }
 
+py::tuple report(const Decoder& decoder) {
+  std::vector<std::size_t> executed;
+  for (const auto& rows : decoder.report().executed) executed.push_back(rows.size());
+  return py::make_tuple(decoder.report().tokens, executed);
+}
+
+// Fills [layers, tokens] of the last call with whether the token executed the layer.
+void decisions(const Decoder& decoder, const Memory& mask) {
+  const auto runs = vector_of<std::uint8_t>("decisions", mask, DType::u8);
+  const CallReport& report = decoder.report();
+  const auto tokens = static_cast<std::size_t>(report.tokens);
+  if (runs.size() != tokens * report.executed.size())
+    throw InputError("Decoder: decisions need one place for each layer and token of the last call.");
+  std::fill_n(const_cast<std::uint8_t*>(runs.data()), runs.size(), std::uint8_t{0});
+  for (std::size_t layer = 0; layer < report.executed.size(); ++layer)
+    for (const std::int32_t row : report.executed[layer])
+      const_cast<std::uint8_t&>(runs[layer * tokens + static_cast<std::size_t>(row)]) = 1;
+}
+
 }  // namespace
 
 void register_decoder(py::module_& module) {
@@ -178,10 +198,12 @@ void register_decoder(py::module_& module) {
       .def("truncate", &Decoder::truncate)
       .def("forward", &forward)
       .def("score", &score)
-      .def("report", [](const Decoder& d) { return py::make_tuple(d.report().tokens, d.report().executed); })
+      .def("report", &report)
+      .def("decisions", &decisions)
       .def("router_bytes", &Decoder::router_bytes)
       .def("kv_bytes", py::overload_cast<>(&Decoder::kv_bytes, py::const_))
-      .def("sequence_kv_bytes", py::overload_cast<std::int64_t, std::int64_t>(&Decoder::kv_bytes, py::const_))
+      .def("kv_bytes",
+           [](const Decoder& d, const std::vector<std::int64_t>& sequences) { return d.kv_bytes(sequences); })
       .def("set_theta", &Decoder::set_theta)
       .def("set_forced_tokens", &Decoder::set_forced_tokens)
       .def("set_depth", &Decoder::set_depth)

@@ -84,5 +84,6 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   bindings::register_decoder_ops(module);
   bindings::register_limits(module);
   bindings::register_ops(module);
+  bindings::register_sampler(module);
   bindings::register_solve(module);
 }

@@ -38,6 +38,7 @@ void register_decoder_rows(pybind11::module_& module);
 void register_decoder_ops(pybind11::module_& module);
 void register_limits(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
+void register_sampler(pybind11::module_& module);
 void register_solve(pybind11::module_& module);
 
 }  // namespace qtale::bindings

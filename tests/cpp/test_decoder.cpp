@@ -1,5 +1,6 @@
 // The decoder: what it computes does not depend on how tokens are brought to it, on threads, or on failed calls.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <numeric>
@@ -252,7 +253,7 @@ TEST_CASE("routing: thresholds, forced tokens, depth and what is stored", "[deco
       decoder.set_theta(theta);
       decoder.set_forced_tokens(forced);
       run_alone(decoder, tokens);
-      return decoder.report().executed;
+      return counts(decoder.report());
     };
     CHECK(executed(0.0F, 0) == std::vector<std::int64_t>{64, 64, 64});
     CHECK(executed(1.0F, 0) == std::vector<std::int64_t>{64, 0, 0});
@@ -263,9 +264,10 @@ TEST_CASE("routing: thresholds, forced tokens, depth and what is stored", "[deco
     CHECK(executed(0.4F, 2)[1] >= some[1]);
     const std::int64_t sequence = decoder.add_sequence();
     run(decoder, {{sequence, -1, tokens}});
-    const auto bytes = [&](std::int64_t layer) { return decoder.kv_bytes(sequence, layer); };
-    const std::int64_t page = bytes(0) / 4, kept = decoder.report().executed[1];
-    CHECK(bytes(1) == (rule == KvRule::keep ? bytes(0) : (kept + kPageTokens - 1) / kPageTokens * page));
+    const auto bytes = decoder.kv_bytes(std::array{sequence});
+    const std::int64_t page = bytes[0] / 4, kept = counts(decoder.report())[1];
+    CHECK(bytes[1] == (rule == KvRule::keep ? bytes[0] : (kept + kPageTokens - 1) / kPageTokens * page));
+    CHECK(std::is_sorted(decoder.report().executed[1].begin(), decoder.report().executed[1].end()));
   }
 }
 
@@ -278,10 +280,10 @@ TEST_CASE("a static depth is the decoder without the other layers", "[decoder]")
   const auto tokens = random_tokens(10, 33);
   decoder.set_depth(std::vector<bool>{true, false, true});
   CHECK(different_rows(run_alone(decoder, tokens), 0, run_alone(small, tokens), 0, 33) == 0);
-  CHECK(decoder.report().executed == std::vector<std::int64_t>{33, 0, 33});
+  CHECK(counts(decoder.report()) == std::vector<std::int64_t>{33, 0, 33});
   decoder.set_depth(std::nullopt);
   run_alone(decoder, tokens);
-  CHECK(decoder.report().executed == std::vector<std::int64_t>{33, 33, 33});
+  CHECK(counts(decoder.report()) == std::vector<std::int64_t>{33, 33, 33});
 }
 
 TEST_CASE("the decoder refuses what it cannot run", "[decoder]") {

@@ -91,6 +91,12 @@ TinyDecoder::TinyDecoder(const Options& options)
   spec_.head = matrix(options.vocab, hidden_, 8);
 }
 
+std::vector<std::int64_t> counts(const CallReport& report) {
+  std::vector<std::int64_t> counts;
+  for (const auto& rows : report.executed) counts.push_back(std::ssize(rows));
+  return counts;
+}
+
 std::vector<std::int32_t> random_tokens(std::uint64_t seed, std::size_t count) {
   Random random(seed);
   std::vector<std::int32_t> tokens(count);

@@ -54,6 +54,8 @@ struct Logits {
   const float* row(std::int64_t r) const { return values.data() + r * kVocab; }
 };
 
+// Tokens that executed, by layer.
+std::vector<std::int64_t> counts(const CallReport& report);
 std::vector<std::int32_t> random_tokens(std::uint64_t seed, std::size_t count);
 // Logits after all tokens of the segments.
 Logits run(Decoder& decoder, const std::vector<Segment>& segments);

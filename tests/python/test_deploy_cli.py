@@ -54,6 +54,12 @@ def test_what_was_done_is_printed(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"llama, 4 layers, of {model}, run by the engine" in shown.out
     assert "no layer changed" in shown.out
     assert "budget: 1.0 GiB (given)" in shown.err
+    assert main(["deploy", str(model), "--budget", "1GiB", "--threads", "1", "--kv-rule", "keep"]) == 0
+    capsys.readouterr()
+    assert main(["deploy", str(model), "--budget", "1GiB", "--threads", "2000"]) == 1
+    assert "num_threads 2000 is not a number of threads" in capsys.readouterr().err
+    assert main(["deploy", str(model), "--backend", "torch", "--threads", "2", "--kv-rule", "keep"]) == 1
+    assert "num_threads, kv_rule: for the engine only" in capsys.readouterr().err
     scores = save_importance(tmp_path / "importance.json", model, {"jaccard": [0.1, 0.9, 0.7, 0.4]})
     arguments = ["--budget", "1200KiB", "--importance", str(scores), "--mode", "paper", "--json"]
     assert main(["deploy", str(model), *arguments]) == 1

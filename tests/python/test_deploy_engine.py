@@ -76,6 +76,20 @@ def test_auto_takes_the_engine_where_it_runs_the_model(dense: Path, tmp_path: Pa
         _ = found.engine
 
 
+def test_threads_and_the_rule_of_the_cache_reach_the_engine_and_stay(dense: Path) -> None:
+    deployment = deploy(dense, plan=make_plan(dense, 8, 8, 8, 8), num_threads=2, kv_rule="keep")
+    deployment.replan(plan=make_plan(dense, 4, 4, 4, 4))
+    model = deployment.engine._model
+    assert model is not None
+    assert (model.options.num_threads, model.options.kv_rule) == (2, "keep")
+    for options, message in (
+        ({"num_threads": 1025}, "num_threads 1025 is not a number of threads; use 1 to 1024"),
+        ({"kv_rule": "drop"}, "kv_rule 'drop' is not known; use evict or keep"),
+    ):
+        with pytest.raises(InputError, match=message):
+            deploy(dense, **options)
+
+
 @pytest.mark.parametrize("compute", ["int8", "int16", "float"])
 def test_a_deployed_model_is_bit_for_bit_the_folder_of_its_plan(biased: Path, tmp_path: Path, compute: str) -> None:
     plan = make_plan(biased, 8, MIXED, 16, 2)

@@ -268,3 +268,9 @@ def test_models_that_are_not_made_of_linears_are_refused(tmp_path: Path) -> None
         qtale.deploy(tmp_path / "gpt2", "1GiB", progress=False)
     with pytest.raises(UnsupportedError, match="the engine does not run this model; use backend 'auto' or 'torch'"):
         qtale.deploy(tmp_path / "gpt2", "1GiB", backend="engine", progress=False)
+
+
+def test_pytorch_refuses_the_options_of_the_engine(dense: Path) -> None:
+    for options, named in (({"num_threads": 2}, "num_threads"), ({"num_threads": 1, "kv_rule": "keep"}, ", kv_rule")):
+        with pytest.raises(InputError, match=f"{named}: for the engine only, but PyTorch runs this model; leave"):
+            qtale.deploy(dense, "1GiB", backend="torch", progress=False, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Generation: greedy against transformers, batches against singles, sampling against transformers' filters."""
+"""Generation: greedy against transformers, batches against singles, streams, seeds, sessions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessorList
-from transformers.generation import logits_process
 
 import qtale
 from engine_samples import ids_of, make_model, save_model
-from qtale.engine import Engine, Generation, Piece, Sampling
-from qtale.engine.sampling import _filter, _penalize, choose, token_sources
-from qtale.errors import Error, InputError
+from qtale.engine import Engine, Generation, Piece
+from qtale.errors import InputError
 
 PROMPTS = [ids_of(count, seed=count) for count in (1, 9, 33, 70)]
 
@@ -110,69 +106,12 @@ def test_seeds_repeat_and_differ(engine: Engine) -> None:
     assert tokens(seed=[5, 5]) == [one[0]] * 2
 
 
-def test_filters_are_those_of_transformers() -> None:
-    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (4, 5000)).astype(np.float32))
-    seen = torch.randint(0, 5000, (4, 30), generator=torch.Generator().manual_seed(0))
-    cases: list[dict[str, Any]] = [
-        {"temperature": 0.7},
-        {"temperature": 1.5, "top_k": 40},
-        {"top_p": 0.8},
-        {"top_p": 0.9999, "temperature": 3.0},
-        {"top_p": 1e-6},
-        {"min_p": 0.05},
-        {"repetition_penalty": 1.4},
-        {"temperature": 0.8, "top_k": 200, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.2},
-    ]
-    for case in cases:
-        options = Sampling(**{"temperature": 1.0, **case})
-        warpers = LogitsProcessorList([logits_process.RepetitionPenaltyLogitsProcessor(options.repetition_penalty)])
-        warpers.append(logits_process.TemperatureLogitsWarper(options.temperature))
-        if options.top_k:
-            warpers.append(logits_process.TopKLogitsWarper(options.top_k))
-        if options.top_p < 1:
-            warpers.append(logits_process.TopPLogitsWarper(options.top_p))
-        if options.min_p:
-            warpers.append(logits_process.MinPLogitsWarper(options.min_p))
-        expected = torch.softmax(warpers(seen, logits.clone()), dim=1).numpy()
-        sources = token_sources(4, 0)
-        for source, row in zip(sources, seen.tolist(), strict=True):
-            source.seen.update(row)
-        found = logits.numpy().copy()
-        _penalize(found, sources, options.repetition_penalty)
-        probabilities = torch.softmax(torch.from_numpy(_filter(found, options)), dim=1).numpy()
-        assert ((probabilities > 0) == (expected > 0)).all(), case
-        np.testing.assert_allclose(probabilities, expected, rtol=2e-4, atol=1e-9)
-
-
-def test_draws_follow_the_probabilities() -> None:
-    probabilities = np.array([0.5, 0.0, 0.3, 0.2])
-    with np.errstate(divide="ignore"):
-        logits = np.log(probabilities).astype(np.float32)
-    (source,) = token_sources(1, 7)
-    drawn = [choose(logits[None].copy(), [source], Sampling(temperature=1.0))[0] for _ in range(4000)]
-    shares = np.bincount(drawn, minlength=4) / 4000
-    assert shares[1] == 0
-    # Four standard deviations.
-    assert np.abs(shares - probabilities).max() < 4 * np.sqrt(0.25 / 4000)
-
-
-def test_small_temperatures_are_greedy() -> None:
-    logits = np.random.default_rng(1).normal(0, 3, (3, 100)).astype(np.float32)
-    for temperature in (1e-3, 1e-30, 1e-60):
-        options = Sampling(temperature, top_p=0.9, min_p=0.1)
-        assert choose(logits.copy(), token_sources(3, 0), options) == logits.argmax(axis=1).tolist()
-
-
-def test_logits_that_are_no_numbers_are_told() -> None:
-    with pytest.raises(Error, match="finite"):
-        choose(np.full((1, 4), np.nan, np.float32), token_sources(1, 0), Sampling())
-
-
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"temperature": -1}, "temperature -1"),
-        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": "hot"}, "temperature 'hot' is not accepted; it must be 0 .greedy. or more"),
         ({"top_k": 1.5}, "top_k"),
         ({"top_p": 0}, "top_p 0"),
         ({"min_p": 2}, "min_p"),
@@ -190,10 +129,42 @@ def test_wrong_values_are_named(engine: Engine, options: dict[str, Any], named: 
 
 
 def test_wrong_prompts_are_named(engine: Engine) -> None:
-    for wrong in ("", [[]], [300], ["ok", ""], [[1], 2]):
-        with pytest.raises(InputError):
+    for wrong, named in (
+        ("", "the prompt is empty; give at least one token"),
+        ([[]], "the prompt is empty; give at least one token"),
+        ([300], "token id 300 is not known; this model has ids from 0 to 256"),
+        (["ok", ""], "the prompt is empty; give at least one token"),
+        ([[1], 2], "2 is no prompt; give a text, or a list of token ids"),
+    ):
+        with pytest.raises(InputError, match=named):
             engine.generate(wrong)  # type: ignore[arg-type]
     assert engine.generate([]) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3, "seed": 7},
+        {"stop": "e", "temperature": 1.0, "seed": [3]},
+        {"ignore_end": True, "repetition_penalty": 1.5},
+    ],
+)
+def test_a_session_takes_the_options_of_generate(engine: Engine, options: dict[str, Any]) -> None:
+    with engine.session() as session:
+        list(session.stream("Hello", 25, **options))
+        assert session.last == engine.generate("Hello", 25, **options)
+        with pytest.raises(InputError, match="top_k -1"):
+            list(session.stream("Hello", 25, top_k=-1))
+
+
+def test_a_session_ignores_the_end_where_asked_to(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = engine.generate("Hello", 1).tokens[0]
+    monkeypatch.setattr(engine._inputs, "_ends", frozenset([first]))
+    with engine.session() as session:
+        for ignore_end, count in ((False, 1), (True, 5)):
+            list(session.stream("Hello", 5, ignore_end=ignore_end))
+            assert session.last is not None
+            assert len(session.last.tokens) == count
 
 
 def test_a_session_reads_only_what_is_new(engine: Engine) -> None:

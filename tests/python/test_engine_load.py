@@ -255,25 +255,30 @@ def test_a_config_that_does_not_fit_the_tensors_is_refused(tmp_path: Path, chang
 def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     qtale.quantize(path, tmp_path / "packed", spec=QuantSpec(4), progress=False)
-    wrong: list[dict[str, Any]] = [
-        {"compute": "fast"},
-        {"kv_dtype": "int8"},
-        {"context": 0},
-        {"num_threads": -1},
-        {"lm_head_bits": 3},
-        {"bits": 5},
-        {"bits": 4, "group_size": 48},
+    threads = "is not a number of threads; use 1 to 1024, or None"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"compute": "fast"}, "compute 'fast' is not known"),
+        ({"kv_dtype": "int8"}, "kv_dtype 'int8' is not known"),
+        ({"context": 0}, "context 0 must be a number of tokens"),
+        ({"num_threads": 0}, f"num_threads 0 {threads}"),
+        ({"num_threads": 1025}, f"num_threads 1025 {threads}"),
+        ({"lm_head_bits": 3}, "lm_head_bits 3 is not supported"),
+        ({"bits": 5}, "num_bits 5 is not supported"),
+        ({"bits": 4, "group_size": 48}, "group_size 48 is not supported"),
     ]
-    for options in wrong:
-        with pytest.raises(InputError):
+    for options, message in wrong:
+        with pytest.raises(InputError, match=message):
             qtale.load(path, **options)
+    qtale.load(path, num_threads=1024, progress=False).logits([5])
+    with pytest.raises(InputError, match="use 1 to 1024"):
+        _core.set_num_threads(1025)
     with pytest.raises(InputError, match="quantized already"):
         qtale.load(tmp_path / "packed", bits=4)
 
 
 def test_tensors_of_other_dtypes_are_named(tmp_path: Path) -> None:
     path = save_model(make_model("llama").to(torch.float64), tmp_path / "llama")
-    with pytest.raises(UnsupportedError, match="F64"):
+    with pytest.raises(UnsupportedError, match=r"F64; the engine reads .*\. Use qtale\.load_torch for it\."):
         qtale.load(path)
 
 

@@ -83,12 +83,14 @@ struct Segment {
   std::int64_t sequence = 0;
   std::int64_t parent = -1;
   std::span<const std::int32_t> tokens;
+  // Tokens of the whole text that this is a part of, which dynamic rotary positions go by; 0 where the text ends here.
+  std::int64_t text_length = 0;
 };
 
-// What the last call did: tokens that entered and tokens that executed, by layer.
+// What the last call did: tokens that entered, and by layer the rows (tokens of all segments in order) that executed.
 struct CallReport {
   std::int64_t tokens = 0;
-  std::vector<std::int64_t> executed;
+  std::vector<std::vector<std::int32_t>> executed;
 };
 
 struct Score {
@@ -111,7 +113,8 @@ class Decoder {
   void truncate(std::int64_t sequence, std::int64_t length);
 
   // Runs the tokens of all segments; logits [kept, vocab] f32 are those after the rows `keep`, which count the tokens
-  // of all segments in order and ascend. `poll` is called between layers; when it throws, the call is undone.
+  // of all segments in order and ascend. `poll` is called between layers and between pieces of the head's product; when
+  // it throws, the call is undone.
   void forward(std::span<const Segment> segments, std::span<const std::int64_t> keep, const TensorView& logits,
                const std::function<void()>& poll = {});
   // The same, giving only log-softmax at one target for each kept row; here a row may be kept several times.
@@ -131,7 +134,8 @@ class Decoder {
   std::int64_t router_bytes() const;
   // Bytes of pages in use, by layer.
   std::vector<std::int64_t> kv_bytes() const;
-  std::int64_t kv_bytes(std::int64_t sequence, std::int64_t layer) const;
+  // The same of some sequences; a page that others hold too counts in parts.
+  std::vector<std::int64_t> kv_bytes(std::span<const std::int64_t> sequences) const;
 
  private:
   class Impl;

@@ -1,5 +1,6 @@
 #include "engine/batch.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 
@@ -37,7 +38,7 @@ Batch make_batch(std::span<const Segment> segments, std::span<const std::int64_t
   batch.starts.push_back(0);
   for (std::size_t s = 0; s < segments.size(); ++s) {
     const auto count = static_cast<std::int64_t>(segments[s].tokens.size());
-    const std::int64_t length = lengths[s] + count;
+    const std::int64_t length = std::max(lengths[s] + count, segments[s].text_length);
     const bool grown = spec.rope.dynamic_length > 0 && length > spec.rope.dynamic_length;
     const std::vector<float> frequencies = grown ? dynamic_frequencies(spec, length) : spec.rope.inv_freq;
     for (std::int64_t i = 0; i < count; ++i) {

@@ -1,11 +1,12 @@
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "core/text.h"
 #include "engine/batch.h"
 #include "engine/block.h"
 #include "engine/check_spec.h"
-#include "engine/projection.h"
+#include "engine/head.h"
 #include "engine/router.h"
 #include "engine/sequences.h"
 #include "engine/workspace.h"
@@ -22,11 +23,6 @@ using engine::Buffer;
 using engine::LayerCache;
 using engine::Sequence;
 
-// Rows that are scored at once, with a packed head and without, and the entries of a piece of the vocabulary: 4 MiB of
-// logits. The pieces are the same for any number of rows, so that the score of a row is, too.
-constexpr std::int64_t kPackedRows = 64, kScoredRows = 512, kScoredEntries = 2048;
-static_assert(kScoredEntries % kTileOutputs == 0);
-
 }  // namespace
 
 class Decoder::Impl {
@@ -36,12 +32,9 @@ class Decoder::Impl {
         routers(routers_of(spec)),
         sequences(kv_page_bytes(spec.num_kv_heads, spec.head_dim, spec.kv_dtype), spec.layers.size()) {}
 
-  // Runs all layers; returns the wanted rows after the last norm.
-  TensorView run(std::span<const Segment> segments, std::span<const std::int64_t> wanted,
-                 const std::function<void()>& poll);
-  // Log-softmax of rows of x [rows, hidden] at targets[i], for the rows that row_of[i] names in ascending order.
-  void score_rows(const TensorView& x, std::span<const std::int64_t> row_of, std::span<const std::int32_t> targets,
-                  std::span<Score> out);
+  // Runs all layers and gives `head` the wanted rows after the last norm; undone where anything throws.
+  void run(std::span<const Segment> segments, std::span<const std::int64_t> wanted, const std::function<void()>& poll,
+           const std::function<void(const TensorView&)>& head);
 
   const DecoderSpec spec;
   const std::vector<std::optional<engine::LayerRouter>> routers;  // of each layer, into `spec`
@@ -51,6 +44,7 @@ class Decoder::Impl {
   std::optional<std::vector<bool>> depth;
   int threads = 0;
   CallReport report;
+  engine::Workspace workspace;
 
  private:
   static DecoderSpec checked(DecoderSpec spec) {
@@ -64,8 +58,6 @@ class Decoder::Impl {
     return routers;
   }
 
-  void score_some(const TensorView& x, std::span<const std::int32_t> rows, std::span<const std::int32_t> targets,
-                  std::span<Score> out);
   std::vector<std::int64_t> enter(std::span<const Segment> segments);
   void check_tokens(const Segment& segment, std::int64_t start) const;
   TensorView run_layers(std::span<const Segment> segments, const Batch& batch, std::span<const std::int32_t> wanted,
@@ -75,8 +67,6 @@ class Decoder::Impl {
   std::span<const Matrix> multiplied_after(std::size_t index) const;
   std::vector<std::int32_t> executed_rows(std::size_t index, const Batch& batch, const TensorView& x);
   void undo(std::span<const Segment> segments, std::span<const std::int64_t> starts);
-
-  engine::Workspace workspace_;
 };
 
 void Decoder::Impl::check_tokens(const Segment& segment, std::int64_t start) const {
@@ -123,8 +113,8 @@ void Decoder::Impl::undo(std::span<const Segment> segments, std::span<const std:
     engine::Sequences::truncate(sequences.at(segments[s].sequence), segments[s].parent >= 0 ? 0 : starts[s]);
 }
 
-TensorView Decoder::Impl::run(std::span<const Segment> segments, std::span<const std::int64_t> wanted,
-                              const std::function<void()>& poll) {
+void Decoder::Impl::run(std::span<const Segment> segments, std::span<const std::int64_t> wanted,
+                        const std::function<void()>& poll, const std::function<void(const TensorView&)>& head) {
   const std::vector<std::int64_t> starts = enter(segments);
   try {
     const Batch batch = engine::make_batch(segments, starts, spec);
@@ -135,7 +125,7 @@ TensorView Decoder::Impl::run(std::span<const Segment> segments, std::span<const
                    batch.rows());
       rows.push_back(static_cast<std::int32_t>(row));
     }
-    return run_layers(segments, batch, rows, poll);
+    head(run_layers(segments, batch, rows, poll));
   } catch (...) {
     undo(segments, starts);
     throw;
@@ -145,7 +135,7 @@ TensorView Decoder::Impl::run(std::span<const Segment> segments, std::span<const
 TensorView Decoder::Impl::run_layers(std::span<const Segment> segments, const Batch& batch,
                                      std::span<const std::int32_t> wanted, const std::function<void()>& poll) {
   report = {batch.rows(), {}};
-  const TensorView x = workspace_.matrix(Buffer::residual, batch.rows(), spec.hidden_size);
+  const TensorView x = workspace.matrix(Buffer::residual, batch.rows(), spec.hidden_size);
   const auto rows_of = [](std::span<const std::int32_t> rows) {
     return TensorView::vector(const_cast<std::int32_t*>(rows.data()), DType::s32, std::ssize(rows));
   };
@@ -154,7 +144,7 @@ TensorView Decoder::Impl::run_layers(std::span<const Segment> segments, const Ba
     if (poll) poll();
     run_layer(layer, batch, segments, wanted, x);
   }
-  const TensorView last = workspace_.matrix(Buffer::compact, std::ssize(wanted), spec.hidden_size);
+  const TensorView last = workspace.matrix(Buffer::compact, std::ssize(wanted), spec.hidden_size);
   compact_rows(x, rows_of(wanted), last);
   rms_norm(last, spec.final_norm, spec.norm_eps, last);
   return last;
@@ -167,15 +157,14 @@ void Decoder::Impl::run_layer(std::size_t index, const Batch& batch, std::span<c
     caches.push_back(&sequences.at(segment.sequence).layers[index]);
     parents.push_back(segment.parent < 0 ? nullptr : &sequences.at(segment.parent).layers[index]);
   }
-  const std::vector<std::int32_t> executed = executed_rows(index, batch, x);
-  report.executed.push_back(std::ssize(executed));
+  const std::vector<std::int32_t>& executed = report.executed.emplace_back(executed_rows(index, batch, x));
   // What the last layer gives to rows that nobody asks for is never read.
   std::vector<std::int32_t> read;
   if (index + 1 == spec.layers.size())
     std::set_intersection(executed.begin(), executed.end(), wanted.begin(), wanted.end(), std::back_inserter(read));
   const std::span<const std::int32_t> outputs = index + 1 == spec.layers.size() ? read : executed;
   engine::run_block({spec, spec.layers[index], batch, caches, parents, executed, outputs, x, multiplied_after(index)},
-                    workspace_);
+                    workspace);
 }
 
 // The first weights that are read after a layer; none where the tokens decide that, or where a layer that does not run
@@ -192,49 +181,11 @@ std::vector<std::int32_t> Decoder::Impl::executed_rows(std::size_t index, const 
   const std::optional<engine::LayerRouter>& router = routers[index];
   if (depth) return (*depth)[index] ? batch.all : std::vector<std::int32_t>{};
   if (!router) return batch.all;
-  const std::vector<float> probabilities = router->execution_probabilities(x, workspace_);
+  const std::vector<float> probabilities = router->execution_probabilities(x, workspace);
   std::vector<std::int32_t> rows;
   for (std::size_t r = 0; r < probabilities.size(); ++r)
     if (batch.positions[r] < forced || probabilities[r] >= theta) rows.push_back(static_cast<std::int32_t>(r));
   return rows;
-}
-
-// Rows whose logits are made in pieces of the vocabulary; a packed head has one piece, of fewer rows.
-void Decoder::Impl::score_some(const TensorView& x, std::span<const std::int32_t> rows,
-                               std::span<const std::int32_t> targets, std::span<Score> out) {
-  const auto vector = [](std::span<const std::int32_t> values) {
-    return TensorView::vector(const_cast<std::int32_t*>(values.data()), DType::s32, std::ssize(values));
-  };
-  const std::int64_t at_once = engine::is_packed(spec.head) ? spec.vocab_size : kScoredEntries;
-  LogSoftmax softmax(vector(rows), vector(targets), spec.vocab_size);
-  for (std::int64_t entry = 0; entry < spec.vocab_size; entry += at_once) {
-    const std::int64_t count = std::min(at_once, spec.vocab_size - entry);
-    const TensorView logits = workspace_.matrix(Buffer::gate_up, x.shape[0], count);
-    engine::multiply(x, engine::some_outputs(spec.head, entry, count), logits, spec.compute);
-    softmax.add(logits);
-  }
-  std::vector<float> log_probs(rows.size());
-  std::vector<std::uint8_t> greedy(rows.size());
-  const auto size = std::ssize(rows);
-  softmax.finish(TensorView::vector(log_probs.data(), DType::f32, size),
-                 TensorView::vector(greedy.data(), DType::u8, size));
-  for (std::size_t i = 0; i < rows.size(); ++i) out[i] = {log_probs[i], greedy[i] != 0};
-}
-
-void Decoder::Impl::score_rows(const TensorView& x, std::span<const std::int64_t> row_of,
-                               std::span<const std::int32_t> targets, std::span<Score> out) {
-  const std::int64_t at_once = engine::is_packed(spec.head) ? kPackedRows : kScoredRows;
-  std::vector<std::int32_t> rows;
-  std::size_t done = 0;
-  for (std::int64_t row = 0; row < x.shape[0]; row += at_once) {
-    const std::int64_t count = std::min(at_once, x.shape[0] - row);
-    const auto part = TensorView::matrix(x.as<float>() + row * x.strides[0], DType::f32, count, spec.hidden_size);
-    rows.clear();
-    for (std::size_t i = done; i < row_of.size() && row_of[i] < row + count; ++i)
-      rows.push_back(static_cast<std::int32_t>(row_of[i] - row));
-    score_some(part, rows, targets.subspan(done, rows.size()), out.subspan(done, rows.size()));
-    done += rows.size();
-  }
 }
 
 Decoder::Decoder(DecoderSpec spec) : impl_(std::make_unique<Impl>(std::move(spec))) {}
@@ -253,8 +204,7 @@ void Decoder::forward(std::span<const Segment> segments, std::span<const std::in
   ops::check_dtype("Decoder", "logits", logits, DType::f32);
   ops::check_shape("Decoder", "logits", logits, std::ssize(keep), impl_->spec.vocab_size);
   const ThreadLimit limit(impl_->threads);
-  const TensorView x = impl_->run(segments, keep, poll);
-  if (!keep.empty()) engine::multiply(x, impl_->spec.head, logits, impl_->spec.compute);
+  impl_->run(segments, keep, poll, [&](const TensorView& x) { engine::multiply_head(x, impl_->spec, logits, poll); });
 }
 
 std::vector<Score> Decoder::score(std::span<const Segment> segments, std::span<const std::int64_t> keep,
@@ -270,9 +220,10 @@ std::vector<Score> Decoder::score(std::span<const Segment> segments, std::span<c
     row_of.push_back(std::ssize(rows) - 1);
   }
   const ThreadLimit limit(impl_->threads);
-  const TensorView x = impl_->run(segments, rows, poll);
-  std::vector<Score> scores(keep.size());
-  impl_->score_rows(x, row_of, targets, scores);
+  std::vector<Score> scores;
+  impl_->run(segments, rows, poll, [&](const TensorView& x) {
+    scores = engine::score_rows(x, impl_->spec, row_of, targets, impl_->workspace, poll);
+  });
   return scores;
 }
 
@@ -313,11 +264,16 @@ std::vector<std::int64_t> Decoder::kv_bytes() const {
   return bytes;
 }
 
-std::int64_t Decoder::kv_bytes(std::int64_t sequence, std::int64_t layer) const {
-  if (layer < 0 || layer >= std::ssize(impl_->spec.layers))
-    fail_input("kv_bytes: there is no layer {}; use 0 to {}.", layer, impl_->spec.layers.size() - 1);
-  const auto& cache = impl_->sequences.at(sequence).layers[static_cast<std::size_t>(layer)];
-  return cache.pages_held() * impl_->sequences.pool().page_bytes();
+std::vector<std::int64_t> Decoder::kv_bytes(std::span<const std::int64_t> sequences) const {
+  std::vector<double> pages(impl_->spec.layers.size());
+  for (const std::int64_t sequence : sequences) {
+    const Sequence& held = impl_->sequences.at(sequence);
+    for (std::size_t layer = 0; layer < pages.size(); ++layer) pages[layer] += held.layers[layer].pages_held();
+  }
+  std::vector<std::int64_t> bytes;
+  for (const double count : pages)
+    bytes.push_back(std::llround(count * static_cast<double>(impl_->sequences.pool().page_bytes())));
+  return bytes;
 }
 
 }  // namespace qtale

@@ -63,7 +63,7 @@ void* PagePool::take(std::size_t layer) {
 
 void PagePool::share(void* page) const { ++header(page).holders; }
 
-bool PagePool::shared(const void* page) const { return header(page).holders > 1; }
+std::int64_t PagePool::holders(const void* page) const { return header(page).holders; }
 
 void PagePool::copy(void* to, const void* from) const { std::memcpy(to, from, static_cast<std::size_t>(page_bytes_)); }
 
@@ -86,7 +86,14 @@ LayerCache::LayerCache(LayerCache&& other) noexcept
     : pool_(other.pool_),
       layer_(other.layer_),
       pages_(std::exchange(other.pages_, {})),
-      positions_(std::exchange(other.positions_, {})) {}
+      positions_(std::exchange(other.positions_, {})),
+      lent_(std::exchange(other.lent_, 0)) {}
+
+double LayerCache::pages_held() const {
+  auto held = static_cast<double>(pages_.size() - lent_);
+  for (std::size_t i = 0; i < lent_; ++i) held += 1.0 / static_cast<double>(pool_->holders(pages_[i]));
+  return held;
+}
 
 std::int64_t LayerCache::extend(std::span<const std::int32_t> positions) {
   const std::int64_t first = entries();
@@ -110,12 +117,14 @@ void LayerCache::truncate_entries(std::size_t entries) {
   positions_.resize(entries);
   const std::size_t pages = (entries + kPageTokens - 1) / kPageTokens;
   for (; pages_.size() > pages; pages_.pop_back()) pool_->release(pages_.back());
+  lent_ = std::min(lent_, pages);
 }
 
-void LayerCache::take_over(const LayerCache& other) {
+void LayerCache::take_over(LayerCache& other) {
   truncate_entries(0);
   positions_ = other.positions_;
   pages_ = other.pages_;
+  lent_ = other.lent_ = pages_.size();
   for (void* page : pages_) pool_->share(page);
 }
 

@@ -22,7 +22,8 @@ class PagePool {
   void* take(std::size_t layer);  // held once
   void share(void* page) const;
   void release(void* page);
-  bool shared(const void* page) const;
+  bool shared(const void* page) const { return holders(page) > 1; }
+  std::int64_t holders(const void* page) const;
   void copy(void* to, const void* from) const;
 
   std::int64_t page_bytes() const { return page_bytes_; }
@@ -50,13 +51,14 @@ class LayerCache {
 
   std::int64_t entries() const { return static_cast<std::int64_t>(positions_.size()); }
   std::span<void* const> pages() const { return pages_; }
-  std::int64_t pages_held() const { return static_cast<std::int64_t>(pages_.size()); }
+  // Pages held; those that others hold too count in parts.
+  double pages_held() const;
   std::span<const std::int32_t> positions() const { return positions_; }
 
   // Makes room for entries at these positions, to be written by kv_append; returns the first entry's number.
   std::int64_t extend(std::span<const std::int32_t> positions);
   void truncate(std::int32_t position);  // forgets entries at this position and after it
-  void take_over(const LayerCache& other);
+  void take_over(LayerCache& other);
 
  private:
   void truncate_entries(std::size_t entries);
@@ -65,6 +67,7 @@ class LayerCache {
   std::size_t layer_;
   std::vector<void*> pages_;
   std::vector<std::int32_t> positions_;
+  std::size_t lent_ = 0;  // of the pages, the first ones that another cache may hold too
 };
 
 }  // namespace qtale::engine

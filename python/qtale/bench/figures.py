@@ -15,7 +15,6 @@ from qtale.bench.samples import Paired, paired, quiet_median
 from qtale.bench.subject import Decoding, Subject
 
 Row = dict[str, Any]
-FALL = 0.02  # tokens per second may seem to fall by this much with the batch: the noise of medians
 _PEAK_SECONDS = 0.02
 # A sample lasts about this long where one pass is shorter: what disturbs it is then seen by its processor time.
 _SAMPLE_SECONDS = 0.02

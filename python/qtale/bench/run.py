@@ -23,6 +23,7 @@ from qtale.checkpoint.folder import open_folder
 from qtale.engine.layout import WeightOptions
 from qtale.engine.model import LoadedModel, LoadOptions
 from qtale.errors import InputError
+from qtale.routing import RoutingOverrides
 
 PEERS = ("llama.cpp",)
 _PEER_TOKENS = 64
@@ -48,7 +49,8 @@ class Peer(Protocol):
 class BenchOptions:
     """What is measured: thread counts, batches of decoding, tokens of the prompt, samples; ``peer`` is in ``PEERS``.
 
-    ``peer_path`` is a llama-bench program. Raises InputError for values that are not accepted.
+    ``peer_path`` is a llama-bench program; ``routing`` says which layers tokens skip. Raises InputError for values that
+    are not accepted.
     """
 
     threads: tuple[int, ...] = (1,)
@@ -60,6 +62,7 @@ class BenchOptions:
     weights: WeightOptions = field(default_factory=WeightOptions)
     load: LoadOptions = field(default_factory=LoadOptions)
     cache: str | None = None
+    routing: RoutingOverrides = field(default_factory=RoutingOverrides)
 
     def __post_init__(self) -> None:
         for name, values in (("threads", self.threads), ("batch", self.batches)):
@@ -81,7 +84,8 @@ def bench(model: str | Path, options: BenchOptions, progress: bool = True) -> di
     try:
         folder = open_folder(model)
         _core.set_num_threads(max(options.threads))
-        subject = Subject(LoadedModel(folder, options.weights, options.load, options.cache, progress))
+        loaded = LoadedModel(folder, options.weights, options.load, options.cache, progress)
+        subject = Subject(loaded, options.routing)
         subject.check_room(max(options.prompt, CONTEXT))
         limits = [_limits(threads) for threads in options.threads]
         with tempfile.TemporaryDirectory() as work:

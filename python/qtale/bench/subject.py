@@ -12,10 +12,11 @@ import numpy as np
 from qtale import _core
 from qtale.engine.arena import memory_of
 from qtale.engine.model import LoadedModel
-from qtale.engine.passes import CallReport, Passes
+from qtale.engine.passes import CallReport, Passes, Segment
 from qtale.engine.regions import Block
 from qtale.errors import InputError
 from qtale.memory.runtime import PASS_TOKENS
+from qtale.routing import RoutingOverrides, depth_mask
 
 if TYPE_CHECKING:
     from qtale.tensors import Memory
@@ -28,9 +29,9 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Work:
-    """What a token needs: bytes read and weights multiplied with, by layer and by the head.
+    """What a token needs: bytes read and weights multiplied with, by layer (0 outside of a depth) and by the head.
 
-    Norms, the embedding's row, and keys and values are not counted.
+    What routers skip is counted as read. Norms, the embedding's row, and keys and values are not counted.
     """
 
     layer_bytes: tuple[int, ...]
@@ -52,28 +53,38 @@ class Work:
 class Subject:
     """Times passes of a model; tokens are random, nothing is sampled, the threads are those of the process."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, routing: RoutingOverrides | None = None) -> None:
         self.model = model
         self.spec = model.spec
-        self.passes = Passes(model.make_decoder(), model.spec.vocab_size, model.context)
+        self.passes = Passes(model.make_decoder(), model.spec.vocab_size, model.context, model.spec.rope.dynamic_length)
         self._tokens = np.random.default_rng(_SEED).integers(0, self.spec.vocab_size, model.context, dtype=np.int32)
         self._next = 0
         self._layers = [self._blocks(f"layers.{i}.{part}") for i in range(self.spec.num_layers) for part in _PARTS]
         self._head = self._blocks("head")
+        self._runs = self._override(routing or RoutingOverrides()) or [True] * self.spec.num_layers
         self.work = self._work()
 
     def _blocks(self, projection: str) -> list[Block]:
         layout = self.model.layout
         return [layout.blocks[name] for name, _ in layout.projections[projection]]
 
+    def _override(self, routing: RoutingOverrides) -> list[bool] | None:
+        """Skip layers as it says; returns which of them run where that is said."""
+        routing.check(self.model.routing.routers, "the model")
+        if routing.theta is not None:
+            self.passes.set_theta(routing.theta)
+        runs = depth_mask(routing.layers, self.spec.num_layers)
+        self.passes.set_depth(runs)
+        return runs
+
     def _work(self) -> Work:
         per_layer = [
-            [block for part in self._layers[at : at + len(_PARTS)] for block in part]
-            for at in range(0, len(self._layers), len(_PARTS))
+            (runs, [block for part in self._layers[at : at + len(_PARTS)] for block in part])
+            for runs, at in zip(self._runs, range(0, len(self._layers), len(_PARTS)), strict=True)
         ]
         return Work(
-            tuple(sum(block.nbytes for block in blocks) for blocks in per_layer),
-            tuple(sum(block.rows * block.cols for block in blocks) for blocks in per_layer),
+            tuple(runs * sum(block.nbytes for block in blocks) for runs, blocks in per_layer),
+            tuple(runs * sum(block.rows * block.cols for block in blocks) for runs, blocks in per_layer),
             sum(block.nbytes for block in self._head),
             sum(block.rows * block.cols for block in self._head),
             self.passes.decoder.router_bytes(),
@@ -106,7 +117,7 @@ class Subject:
         for start in range(0, len(tokens), PASS_TOKENS):
             piece = tokens[start : start + PASS_TOKENS]
             last = [len(piece) - 1] if start + len(piece) == len(tokens) else []
-            self.passes.forward([(sequence, -1, len(piece))], piece, last, report)
+            self.passes.forward([Segment(sequence, -1, len(piece), len(tokens))], piece, last, report)
 
     def prefill_seconds(self, tokens: int, report: CallReport | None = None) -> float:
         """Seconds to read a prompt of so many tokens, up to the logits after its last one."""
@@ -134,7 +145,7 @@ class Decoding:
         """Seconds of ``steps`` passes that give every sequence one token each; forgotten afterwards."""
         subject, report = self._subject, report or CallReport()
         ids = [subject._take(self._batch) for _ in range(steps)]
-        segments = [(sequence, -1, 1) for sequence in self._sequences]
+        segments = [Segment(sequence, -1, 1) for sequence in self._sequences]
         keep = range(self._batch)
         start = time.perf_counter()
         for tokens in ids:

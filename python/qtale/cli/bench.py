@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtale.cli.generate import add_weight_arguments
+from qtale.cli.routing import overrides_of
 from qtale.errors import InputError
 
 NAME = "bench"
@@ -56,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
         args.peer or ("llama.cpp" if args.peer_path else None),
         args.peer_path,
         WeightOptions(None if args.bits is None else QuantSpec(args.bits, size), args.lm_head_bits),
-        LoadOptions(compute=args.compute),
+        LoadOptions(compute=args.compute, kv_dtype=args.kv_dtype or "auto", kv_rule=args.kv_rule),
         args.cache,
+        overrides_of(args),
     )
     result = bench(model_folder(args.model), options, sys.stderr.isatty())
     print(json.dumps(result, indent=1) if args.json else _text(result))

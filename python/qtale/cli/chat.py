@@ -76,7 +76,7 @@ class _Conversation:
         start, first, stopped = time.perf_counter(), None, False
         pieces = []
         try:
-            options = {"sampling": sampling_of(self._args), "seed": self._args.seed}
+            options = {**sampling_of(self._args), "seed": self._args.seed}
             for piece in self._session.stream(tokens, self._args.max_new_tokens, **options):
                 first = first or time.perf_counter()
                 pieces.append(piece)

@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=("auto", "engine", "torch"), default="auto", help="what runs it; default auto: the engine"
     )
+    parser.add_argument("--threads", type=int, metavar="N", help="of the engine; default as many as cores")
+    parser.add_argument("--kv-rule", "--kv_rule", metavar="evict|keep", help="what skipped tokens leave in a layer")
     parser.add_argument("--watch", action="store_true", help="follow the free memory until Ctrl-C")
     parser.add_argument("--interval", type=float, metavar="SECONDS", help="time between looks of --watch (default 5)")
     parser.add_argument("--json", action="store_true", help="print a JSON object; with --watch, one for each change")
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         errors=args.errors,
         compute=args.compute,
         backend=args.backend,
+        num_threads=args.threads,
+        kv_rule=args.kv_rule,
         progress=sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"),
     )
     _print(deployment.report, args.json)

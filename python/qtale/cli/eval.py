@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qtale.cli.routing import add_routing_arguments, overrides_of
 from qtale.errors import InputError
 from qtale.eval.options import BACKENDS, DEMO, SEEDS, EvalOptions
 from qtale.ptq.options import AUTO, METHODS, RTN
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
+    add = group.add_argument
     add(
         "--model",
         "-m",
@@ -61,6 +63,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=BACKENDS, default="auto", help="C++ engine, torch, or the engine where it can (auto)")
     add("--lm-head-bits", type=int, choices=(4, 8), help="quantize the head too (engine)")
     add("--threads", type=int, metavar="N", help="of the engine (default: all)")
+    add_routing_arguments(group, "float32, as torch keeps them")
     add("--device", default="cpu", help="torch device (default cpu)")
     add("--batch_size", "-b", default="auto", metavar="N|auto", help="sequences a pass (default auto)")
     add("--max_length", type=int, metavar="N", help="longest input in tokens (default: the model's)")
@@ -118,6 +121,7 @@ def options_of(args: argparse.Namespace) -> EvalOptions:
         "model": args.model or DEMO,
         "spec": _spec(args),
         "method": _method(args),
+        "routing": overrides_of(args),
     }
     return EvalOptions(**same)
 

@@ -6,13 +6,15 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from qtale.cli.routing import add_routing_arguments, overrides_of
 from qtale.errors import InputError
 from qtale.spec import ENGINE_COMPUTE
 
 if TYPE_CHECKING:
-    from qtale.engine import Engine, Sampling
+    from qtale.engine import Engine
 
 NAME = "generate"
 HELP = "continue a prompt, in C++"
@@ -45,6 +47,7 @@ def add_weight_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--compute", choices=ENGINE_COMPUTE, default="int8", help="how layers multiply (bfloat16: dense ones)"
     )
     group.add_argument("--cache", metavar="auto|DIR", help="keep packed weights on disk, so that loading is fast")
+    add_routing_arguments(group)
     return group
 
 
@@ -65,7 +68,8 @@ def load_engine(args: argparse.Namespace) -> Engine:
     import qtale
     from qtale.integrations.scoring_model import model_folder
 
-    return qtale.load(
+    overrides = overrides_of(args)
+    engine = qtale.load(
         model_folder(args.model),
         compute=args.compute,
         bits=args.bits,
@@ -73,16 +77,20 @@ def load_engine(args: argparse.Namespace) -> Engine:
         lm_head_bits=args.lm_head_bits,
         num_threads=args.threads,
         context=args.context,
+        kv_dtype=args.kv_dtype or "auto",
+        kv_rule=args.kv_rule,
         cache=args.cache,
         progress=sys.stderr.isatty(),
     )
+    overrides.apply(engine)
+    return engine
 
 
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    """How tokens are chosen; InputError for values that are not accepted."""
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """How tokens are chosen, as keywords of generating; InputError for values that are not accepted."""
     from qtale.engine import Sampling
 
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    return asdict(Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         engine.tokenizer  # noqa: B018 — a model without one is told before anything runs
         start = time.perf_counter()
         first = None
-        for piece in session.stream(prompt, args.max_new_tokens, sampling=sampling, stop=args.stop, seed=args.seed):
+        for piece in session.stream(prompt, args.max_new_tokens, stop=args.stop, seed=args.seed, **sampling):
             first = first or time.perf_counter()
             if not args.json:
                 print(piece, end="", flush=True)

@@ -15,7 +15,8 @@ from qtale.deployment.change import DeployReport, ModuleChange
 from qtale.deployment.layers import bits_of, specs_of
 from qtale.deployment.room import Probe, cpu_devices, room, room_to_follow
 from qtale.deployment.running import Running, Specs, Step, change
-from qtale.deployment.source import check_backend, chosen_backend, find_source
+from qtale.deployment.source import check_backend, check_engine_options, chosen_backend, find_source
+from qtale.engine.model import LoadOptions
 from qtale.errors import CheckpointError, InputError
 from qtale.importance.file import Importance
 from qtale.memory.devices import AUTO, Budget
@@ -48,9 +49,10 @@ class Deployment:
     report: DeployReport
     _running: Running
 
-    def __init__(self, planner: Planner, budget: int | str, compute: str, progress: bool, probe: Probe) -> None:
+    def __init__(self, planner: Planner, budget: int | str, load: LoadOptions, progress: bool, probe: Probe) -> None:
         self.planner = planner
-        self.compute = compute
+        self.compute = load.compute
+        self._load = load
         self._budget = budget
         self._progress = progress
         self._probe = probe
@@ -151,8 +153,9 @@ class Deployment:
         from qtale.deployment.engine_model import EngineModel
         from qtale.deployment.torch_model import TorchModel
 
-        kind = EngineModel if self.backend == ENGINE else TorchModel
-        return kind(self._folder, specs, self._shapes, self.compute, self._progress)
+        if self.backend == ENGINE:
+            return EngineModel(self._folder, specs, self._shapes, self._load, self._progress)
+        return TorchModel(self._folder, specs, self._shapes, self.compute, self._progress)
 
     @property
     def _folder(self) -> ModelFolder:
@@ -242,6 +245,8 @@ def deploy(
     errors: str | Path | None = None,
     compute: str = "int8",
     backend: str = AUTO,
+    num_threads: int | None = None,
+    kv_rule: str | None = None,
     progress: bool = True,
     probe: Probe = cpu_devices,
 ) -> Deployment:
@@ -251,7 +256,8 @@ def deploy(
     ``QTALE_MEMORY_BUDGET``, else the free main memory but for 5 %. Bits follow ``plan`` (a plan or its file), which
     must fit the budget, or are chosen under ``options``: by the scores of ``importance`` (or its file) where given,
     else by rounding errors alone, which need no data; ``errors`` is a file that keeps those between runs. ``compute``
-    is as in :func:`qtale.load`. ``backend`` is "engine" (C++), "torch", or "auto": the engine where it runs the model.
+    is "int8", "int16" or "float", as in :func:`qtale.load`. ``backend`` is "engine" (C++), "torch", or "auto": the
+    engine where it runs the model; ``num_threads`` and ``kv_rule`` are the engine's, as in :func:`qtale.load`.
     Memory is kept for the context and batch of the options, which do not bound what is asked of the model later. One
     tensor is read at a time; layers at 16 bits stay in the stored dtype. ``probe`` replaces the look at the memory.
 
@@ -260,12 +266,15 @@ def deploy(
     """
     check_backend(backend)
     check_compute("deploy", compute)
+    load = LoadOptions(compute, kv_rule=kv_rule, num_threads=num_threads)
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.read(plan)
     if options is None:
         options = Options() if plan is None else Options.of_plan(plan)
     source = find_source(model, importance)
-    planner = Planner(source, options.resolved(), errors, progress, chosen_backend(backend, source))
-    deployment = Deployment(planner, budget, compute, progress, probe)
+    runs_on = chosen_backend(backend, source)
+    check_engine_options(runs_on, num_threads=num_threads, kv_rule=kv_rule)
+    planner = Planner(source, options.resolved(), errors, progress, runs_on)
+    deployment = Deployment(planner, budget, load, progress, probe)
     deployment.load(plan)
     return deployment

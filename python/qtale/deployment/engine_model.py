@@ -37,12 +37,11 @@ class EngineModel:
     backend = ENGINE
 
     def __init__(
-        self, folder: ModelFolder, specs: Specs, shapes: dict[str, LinearShape], compute: str, progress: bool
+        self, folder: ModelFolder, specs: Specs, shapes: dict[str, LinearShape], load: LoadOptions, progress: bool
     ) -> None:
         self._shapes = shapes
         self.specs = dict(specs)
-        weights, options = WeightOptions(specs=self.specs), LoadOptions(compute)
-        self.engine = load_folder(folder, weights, options, progress=progress)
+        self.engine = load_folder(folder, WeightOptions(specs=self.specs), load, progress=progress)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """:meth:`qtale.Engine.generate`."""

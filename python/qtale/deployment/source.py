@@ -38,6 +38,15 @@ def chosen_backend(asked: str, source: Source) -> str:
     return TORCH
 
 
+def check_engine_options(backend: str, **options: object) -> None:
+    """Raise InputError where PyTorch runs the model and an option of the engine is given (not None)."""
+    given = [name for name, value in options.items() if value is not None]
+    if backend == TORCH and given:
+        raise InputError(
+            f"deploy: {', '.join(given)}: for the engine only, but PyTorch runs this model; leave them out."
+        )
+
+
 def find_source(model: str | Path, importance: Importance | str | Path | None) -> Source:
     """What to plan from: a folder or hub name, and scores of its layers; InputError for scores of another model."""
     open_folder(model)

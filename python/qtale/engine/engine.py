@@ -14,10 +14,10 @@ import numpy.typing as npt
 from qtale.checkpoint.folder import ModelFolder, open_folder
 from qtale.engine.change import WeightChange
 from qtale.engine.generate import Batch, Generation, Options, Piece, make_tracks
-from qtale.engine.inputs import Inputs, Prompt, token_of
+from qtale.engine.inputs import Inputs, Prompt
 from qtale.engine.layout import WeightOptions
 from qtale.engine.model import LoadedModel, LoadOptions, LoadReport
-from qtale.engine.passes import CallReport, Passes
+from qtale.engine.passes import CallReport, Passes, Segment
 from qtale.engine.sampling import Sampling, token_sources
 from qtale.engine.score import loglikelihoods
 from qtale.engine.session import Session
@@ -25,12 +25,12 @@ from qtale.engine.tokenizer import Tokenizer, end_tokens
 from qtale.errors import InputError
 from qtale.memory.runtime import PASS_TOKENS
 from qtale.memory.sizes import human_bytes
+from qtale.routing import checked_theta, depth_mask
 from qtale.spec import QuantSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PERPLEXITY_WINDOW = 2048
 Floats = npt.NDArray[np.float32]
 
 
@@ -51,30 +51,26 @@ def load(
 ) -> Engine:
     """Load a folder or hub name of the Llama family (llama, mistral, qwen2, qwen3) to run in C++.
 
-    The folder is dense (float32, float16, bfloat16) or in compressed-tensors ``pack-quantized`` form. ``bits``
-    (2, 3, 4, 8; with ``group_size`` and ``symmetric`` as in :class:`qtale.QuantSpec`) rounds a dense one while it is
-    read; ``lm_head_bits`` (8 or 4) rounds the head, which at small sizes is half of what each token reads. ``compute``
-    is how layers multiply: "int8" rounds the activations of quantized ones to 8 bits (fast), "int16" to 16 bits (as
-    fast for a token or two, slower for prompts), "float" takes them as they are, "bfloat16" is "float" but for what is
-    not quantized, where weights and activations are rounded to bfloat16: twice as fast on CPUs with AVX-512 BF16,
-    InputError on others.
+    The folder is dense (float32, float16, bfloat16) or in compressed-tensors ``pack-quantized`` form. ``bits`` (2, 3,
+    4, 8; with ``group_size`` and ``symmetric`` as in :class:`qtale.QuantSpec`) rounds a dense one while it is read,
+    ``lm_head_bits`` (8, 4) the head. ``compute`` is how layers multiply: "int8" rounds the activations of quantized
+    ones to 8 bits (fast), "int16" to 16 bits (as fast for a token or two, slower for prompts), "float" takes them as
+    they are, "bfloat16" is "float" but multiplies what is not quantized in bfloat16, twice as fast: AVX-512 BF16 only.
     ``context`` bounds the tokens of a sequence (default: max_position_embeddings). ``kv_dtype`` is "float16",
-    "float32", "int8-keys" (keys rotated by a Hadamard matrix and rounded to 8 bits, values in float16; with AVX-512
-    BF16), or "auto": float32 for models stored in it, 8-bit keys for ``compute="int8"`` where every layer is quantized
-    and the CPU has them, else float16. ``kv_rule`` is what tokens that skip a layer leave in it
-    ("evict": nothing, "keep": keys and values; default: as the model's routing says). ``num_threads`` is for this
-    engine alone.
+    "float32", "int8-keys" (keys rotated by a Hadamard matrix and rounded to 8 bits; with AVX-512 BF16), or "auto":
+    float32 for models stored in it, 8-bit keys for ``compute="int8"`` where every layer is quantized and the CPU has
+    them, else float16. ``kv_rule`` is what tokens that skip a layer leave in it ("evict": nothing, "keep": keys and
+    values; default as the model's routing says). ``num_threads`` (1 to 1024) is for calls of this engine alone; loading
+    runs on as many as the process uses (``QTALE_NUM_THREADS``).
 
-    ``cache`` keeps the weights in the form that this CPU reads, which makes the next load as fast as reading them:
-    "auto" in HuggingFace's asset cache, or a folder; by default nothing is written. A cache file is as large as the
-    weights in memory and belongs to one model, CPU kind and choice of options; others are never read.
+    ``cache`` keeps the packed weights, so that the next load only reads them: "auto" in HuggingFace's asset cache, or a
+    folder (default: nowhere). A file is as large as the weights and fits one model, CPU kind and choice of options.
 
-    Memory peaks at the size of the packed weights and one block more. Raises UnsupportedError for models that the
-    engine does not run (:func:`qtale.load_torch` does), CheckpointError for broken folders, InputError for options
-    that do not fit, Error where the memory cannot hold the weights (told before they are read), NetworkError.
+    Memory peaks at the size of the packed weights and one block more. Raises UnsupportedError for models that only
+    :func:`qtale.load_torch` runs, CheckpointError for broken folders, InputError for options that do not fit, Error
+    where the memory cannot hold the weights (told before they are read), NetworkError.
     """
-    quantize = None if bits is None else QuantSpec(bits, _group(group_size), symmetric)
-    weights = WeightOptions(quantize, lm_head_bits)
+    weights = WeightOptions(None if bits is None else QuantSpec(bits, _group(group_size), symmetric), lm_head_bits)
     options = LoadOptions(compute, context, kv_dtype, kv_rule, num_threads)
     return load_folder(open_folder(model), weights, options, cache, progress)
 
@@ -97,7 +93,7 @@ def _group(group_size: int | str) -> int | str:
 
 
 class Engine:
-    """A loaded model; made by :func:`qtale.load`.
+    """A loaded model; made by :func:`qtale.load`. ``routed_layers`` are the numbers of those that have a router.
 
     May be used from several threads: passes of the decoder take turns, so calls wait for each other's passes. Two
     engines do not disturb one another. ``close`` (or leaving a ``with`` block) frees weights and caches; streams that
@@ -106,9 +102,13 @@ class Engine:
 
     def __init__(self, model: LoadedModel, path: Path, ends: frozenset[int] = frozenset()) -> None:
         self._model: LoadedModel | None = model
-        self._passes = Passes(model.make_decoder(), model.spec.vocab_size, model.context)
+        self._passes = Passes(
+            model.make_decoder(), model.spec.vocab_size, model.context, model.spec.rope.dynamic_length
+        )
         self._inputs = Inputs(path, model.spec.vocab_size, model.context, ends)
         self._theta = model.routing.theta
+        self._num_threads = model.options.num_threads or 0
+        self.routed_layers = tuple(sorted(model.routing.routers))
         self.path = path
         self.spec = model.spec
         self.context = model.context
@@ -133,7 +133,8 @@ class Engine:
         with self._passes.sequences(1) as (sequence,):
             for start in range(0, len(tokens), PASS_TOKENS):
                 piece = tokens[start : start + PASS_TOKENS]
-                parts.append(self._passes.forward([(sequence, -1, len(piece))], piece, range(len(piece)), report))
+                segment = Segment(sequence, -1, len(piece), len(tokens))
+                parts.append(self._passes.forward([segment], piece, range(len(piece)), report))
         self.report = report
         return np.concatenate(parts)
 
@@ -195,7 +196,7 @@ class Engine:
         options = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         tokens, single = self._inputs.prompts(prompts)
         tracks = make_tracks(self._inputs, tokens, max_new_tokens, stop, ignore_end)
-        batch = Batch(self._passes, tracks, token_sources(len(tracks), seed), options)
+        batch = Batch(self._passes, tracks, token_sources(len(tracks), seed), options, self._num_threads)
         if stream:
             return self._streamed(batch)
         for _ in self._streamed(batch):
@@ -211,7 +212,7 @@ class Engine:
 
     def session(self) -> Session:
         """A sequence that keeps its cache: prompts that begin as the last one did read only what is new."""
-        return Session(self._passes, self._inputs)
+        return Session(self._passes, self._inputs, self._num_threads)
 
     def loglikelihood(
         self, requests: Sequence[tuple[Prompt, Prompt]], progress: bool = False
@@ -237,18 +238,9 @@ class Engine:
         predicted. What is left after the last window is dropped; a text shorter than one is a window by itself.
         Raises InputError for fewer than two tokens or a window beyond the context.
         """
-        window = min(PERPLEXITY_WINDOW, self.context) if window is None else window
-        if not (isinstance(window, int) and 2 <= window <= self.context):
-            raise InputError(f"perplexity: window {window!r} must be from 2 to the context of {self.context} tokens.")
-        if isinstance(text, str):
-            text = self.tokenizer.encode(text, add_special_tokens=False)
-        tokens = [token_of(token) for token in text]
-        if len(tokens) < 2:
-            raise InputError(f"perplexity: {len(tokens)} tokens are too few; two or more are needed.")
-        window = min(window, len(tokens))
-        starts = range(0, len(tokens) - window + 1, window)
-        answers = self.loglikelihood([(tokens[at : at + 1], tokens[at + 1 : at + window]) for at in starts], progress)
-        return math.exp(-math.fsum(value for value, _ in answers) / (len(starts) * (window - 1)))
+        pairs = self._inputs.windows(text, window)
+        answers = self.loglikelihood(pairs, progress)
+        return math.exp(-math.fsum(value for value, _ in answers) / sum(len(ending) for _, ending in pairs))
 
     @property
     def theta(self) -> float:
@@ -257,24 +249,25 @@ class Engine:
 
     @theta.setter
     def theta(self, value: float) -> None:
-        if not 0.0 <= float(value) <= 1.0:
-            raise InputError(f"theta {value!r} must be a probability from 0 to 1.")
-        self._passes.set_theta(float(value))
-        self._theta = float(value)
+        theta = checked_theta(value)
+        self._passes.set_theta(theta)
+        self._theta = theta
+
+    @property
+    def record_decisions(self) -> bool:
+        """Whether reports hold every token's ``decisions``, a byte for each layer; off at first."""
+        return self._passes.record_decisions
+
+    @record_decisions.setter
+    def record_decisions(self, value: bool) -> None:
+        self._passes.record_decisions = bool(value)
 
     def set_depth(self, layers: Sequence[int] | None) -> None:
         """Run these layers only, by number, skipping all others for every token; None runs all again.
 
         Caches of sessions made before hold what ran then. Raises InputError for numbers that are no layers.
         """
-        runs = None
-        if layers is not None:
-            wrong = next((layer for layer in layers if not 0 <= layer < self.spec.num_layers), None)
-            if wrong is not None:
-                raise InputError(f"set_depth: there is no layer {wrong}; they are 0 to {self.spec.num_layers - 1}.")
-            chosen = set(layers)
-            runs = [layer in chosen for layer in range(self.spec.num_layers)]
-        self._passes.set_depth(runs)
+        self._passes.set_depth(depth_mask(layers, self.spec.num_layers))
 
     def change(self) -> WeightChange:
         """Other bits for some of the weights, as :meth:`qtale.Deployment.replan` gives them; a context manager."""

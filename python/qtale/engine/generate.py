@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from qtale.engine.inputs import Inputs
 from qtale.engine.passes import CallReport, Floats, Passes, Segment
-from qtale.engine.sampling import Sampling, TokenSource, choose
+from qtale.engine.sampling import Sampling, choose
 from qtale.engine.text import StoppedText, checked_stops
 from qtale.engine.tokenizer import Tokenizer
 from qtale.errors import InputError
 from qtale.memory.runtime import PASS_TOKENS
+
+if TYPE_CHECKING:
+    from qtale._core import TokenSource
 
 # Sequences that run at a time; more wait until one ends.
 MAX_BATCH = 32
@@ -110,9 +113,14 @@ class Batch:
     """Runs tracks to their ends; ``close`` forgets the sequences that were made here."""
 
     def __init__(
-        self, passes: Passes, tracks: Sequence[Track], sources: Sequence[TokenSource], options: Sampling
+        self,
+        passes: Passes,
+        tracks: Sequence[Track],
+        sources: Sequence[TokenSource],
+        options: Sampling,
+        num_threads: int = 0,
     ) -> None:
-        self._passes, self._options = passes, options
+        self._passes, self._options, self._num_threads = passes, options, num_threads
         self._sources = {track.index: source for track, source in zip(tracks, sources, strict=True)}
         self._waiting = deque(tracks)
         self._running: list[Track] = []
@@ -120,7 +128,7 @@ class Batch:
         self._logits: Floats | None = None
         self.report = CallReport()
         for track in tracks:
-            self._sources[track.index].seen.update(track.prompt)
+            self._sources[track.index].see(track.prompt)
 
     def run(self) -> Iterator[Piece]:
         """Pieces of all sequences as they come."""
@@ -161,9 +169,10 @@ class Batch:
         if not tracks:
             return []
         sources = [self._sources[track.index] for track in tracks]
+        chosen = choose(logits, sources, self._options, self._num_threads)
         pieces = []
-        for track, source, token in zip(tracks, sources, choose(logits, sources, self._options), strict=True):
-            source.seen.add(token)
+        for track, source, token in zip(tracks, sources, chosen, strict=True):
+            source.see([token])
             pieces.append(track.take(token))
         return pieces
 
@@ -174,7 +183,7 @@ class Batch:
         for track in self._running:
             count = min(len(track.prompt) - track.read, PASS_TOKENS - len(tokens))
             if count > 0:
-                segments.append((track.sequence, -1, count))
+                segments.append(Segment(track.sequence, -1, count, len(track.prompt)))
                 tokens.extend(track.prompt[track.read : track.read + count])
                 track.read += count
                 if track.read == len(track.prompt):
@@ -182,7 +191,7 @@ class Batch:
         return (segments, tokens, ends) if segments else None
 
     def _next_tokens(self) -> tuple[list[Segment], list[int], list[tuple[Track, int]]]:
-        segments = [(track.sequence, -1, 1) for track in self._running]
+        segments = [Segment(track.sequence, -1, 1) for track in self._running]
         tokens = [track.tokens[-1] for track in self._running]
         return segments, tokens, [(track, row) for row, track in enumerate(self._running)]
 

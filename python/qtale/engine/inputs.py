@@ -16,6 +16,7 @@ from qtale.errors import InputError
 Prompt = str | Sequence[int]
 # New tokens where the caller names no number.
 DEFAULT_NEW_TOKENS = 256
+PERPLEXITY_WINDOW = 2048
 
 
 class Inputs:
@@ -111,6 +112,24 @@ class Inputs:
                 f"context of {self.context}; cut the context at its beginning."
             )
         return first, second
+
+    def windows(self, text: Prompt, window: int | None) -> list[Request]:
+        """Whole windows of a text that do not overlap, as pairs of their first token and the rest of them.
+
+        What is left after the last one is dropped; a text shorter than ``window`` is one by itself. InputError for
+        fewer than two tokens and for windows beyond the context.
+        """
+        window = min(PERPLEXITY_WINDOW, self.context) if window is None else window
+        if not (isinstance(window, int) and 2 <= window <= self.context):
+            raise InputError(f"perplexity: window {window!r} must be from 2 to the context of {self.context} tokens.")
+        if isinstance(text, str):
+            text = self.tokenizer.encode(text, add_special_tokens=False)
+        tokens = [token_of(token) for token in text]
+        if len(tokens) < 2:
+            raise InputError(f"perplexity: {len(tokens)} tokens are too few; two or more are needed.")
+        window = min(window, len(tokens))
+        starts = range(0, len(tokens) - window + 1, window)
+        return [(tokens[at : at + 1], tokens[at + 1 : at + window]) for at in starts]
 
     def _split_texts(self, context: str, continuation: str) -> Request:
         if not context:

@@ -150,7 +150,8 @@ class _Planner:
         info = self.folder.shard_of(name).tensors[name]
         if info.dtype not in STORED_FLOATS:
             raise UnsupportedError(
-                f"{self.folder.path}: {name} has dtype {info.dtype}; the engine reads {', '.join(STORED_FLOATS)}."
+                f"{self.folder.path}: {name} has dtype {info.dtype}; the engine reads {', '.join(STORED_FLOATS)}. Use "
+                "qtale.load_torch for it."
             )
         return info
 

@@ -31,6 +31,8 @@ _logger = logging.getLogger("qtale")
 INT8_KEYS = "int8-keys"
 KV_DTYPES = ("auto", "float16", "float32", INT8_KEYS)
 _MAX_CONTEXT = 1 << 30
+# The most that the core's set_num_threads takes.
+_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,12 @@ class LoadOptions:
             raise InputError(f"load: kv_dtype {self.kv_dtype!r} is not known; use {', '.join(KV_DTYPES)}.")
         if self.context is not None and not (type(self.context) is int and 0 < self.context <= _MAX_CONTEXT):
             raise InputError(f"load: context {self.context!r} must be a number of tokens from 1 to {_MAX_CONTEXT}.")
-        if self.num_threads is not None and not (type(self.num_threads) is int and self.num_threads > 0):
-            raise InputError(f"load: num_threads {self.num_threads!r} must be 1 or more, or None.")
+        if self.num_threads is not None and not (
+            type(self.num_threads) is int and 0 < self.num_threads <= _MAX_THREADS
+        ):
+            raise InputError(
+                f"load: num_threads {self.num_threads!r} is not a number of threads; use 1 to {_MAX_THREADS}, or None."
+            )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +17,58 @@ from qtale.errors import InputError
 if TYPE_CHECKING:
     from qtale import _core
 
-Segment = tuple[int, int, int]
 Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+class Segment(NamedTuple):
+    """``tokens`` new ones of a sequence, which takes over what ``parent`` holds first (-1: none).
+
+    ``text_length`` counts the tokens of the whole text that they are a part of, by which dynamic rotary positions go;
+    0 where it ends here.
+    """
+
+    sequence: int
+    parent: int
+    tokens: int
+    text_length: int = 0
 
 
 @dataclass
 class CallReport:
     """What one call of an engine ran: ``tokens`` entered, of which each layer ``executed`` its number.
 
-    ``kv_bytes`` is the most that keys and values took by layer, seen at the ends of passes.
+    ``kv_bytes`` is the most that keys and values of the call took by layer, seen at the ends of passes. With
+    :attr:`Engine.record_decisions`, ``decisions`` [layers, tokens] tells whether each token executed each layer, and
+    ``places`` [tokens, 2] which token a column is: the number of its sequence, in the order in which the call began
+    them, and its position.
     """
 
     tokens: int = 0
     passes: int = 0
     executed: list[int] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
+    _decisions: list[Bools] = field(default_factory=list, repr=False)
+    _places: list[npt.NDArray[np.int64]] = field(default_factory=list, repr=False)
+    _numbers: dict[int, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def decisions(self) -> Bools | None:
+        """Bool [layers, tokens]; None where they were not recorded."""
+        return np.concatenate(self._decisions, axis=1) if self._decisions else None
+
+    @property
+    def places(self) -> npt.NDArray[np.int64] | None:
+        """Int [tokens, 2]: sequence and position of each column of ``decisions``."""
+        return np.concatenate(self._places) if self._places else None
+
+    def record(self, segments: Sequence[Segment], ends: Sequence[int], decisions: Bools) -> None:
+        """Add a pass: its ``decisions`` [layers, tokens], and the length of each segment's sequence after it."""
+        self._decisions.append(decisions)
+        for segment, end in zip(segments, ends, strict=True):
+            number = self._numbers.setdefault(segment.sequence, len(self._numbers))
+            positions = np.arange(end - segment.tokens, end)
+            self._places.append(np.stack([np.full_like(positions, number), positions], axis=1))
 
     @property
     def execution_ratio(self) -> list[float]:
@@ -45,11 +82,15 @@ class Passes:
     Sequences are numbers that stay unique when another decoder takes the place of this one, which ends them.
     """
 
-    def __init__(self, decoder: _core.Decoder, vocab_size: int, context: int) -> None:
+    def __init__(self, decoder: _core.Decoder, vocab_size: int, context: int, dynamic_length: int = 0) -> None:
         self._decoder: _core.Decoder | None = decoder
         self.vocab_size = vocab_size
         self.context = context
+        self._dynamic_length = dynamic_length
+        self.record_decisions = False
         self.lock = threading.RLock()
+        # The call that each open sequence belongs to.
+        self._calls: dict[int, CallReport] = {}
         self._theta: float | None = None
         self._depth: list[bool] | None = None
         # The decoder's own sequence 0, and the number after all that were given out.
@@ -66,6 +107,11 @@ class Passes:
         """Let go of the decoder and its caches."""
         with self.lock:
             self._decoder = None
+            self._calls.clear()
+
+    def depends_on_length(self, length: int) -> bool:
+        """Whether keys of a text of ``length`` tokens differ from those of its beginning alone (dynamic positions)."""
+        return 0 < self._dynamic_length < length
 
     def replace(self, decoder: _core.Decoder) -> None:
         """Go on with another decoder, set as this one was; sequences that are open end."""
@@ -74,6 +120,7 @@ class Passes:
                 decoder.set_theta(self._theta)
             decoder.set_depth(self._depth)
             self._first, self._decoder = self._next, decoder
+            self._calls.clear()
 
     def set_theta(self, theta: float) -> None:
         """See :attr:`Engine.theta`."""
@@ -108,6 +155,7 @@ class Passes:
     def remove(self, sequence: int) -> None:
         """Forget a sequence; nothing happens where it ended with its decoder."""
         with self.lock:
+            self._calls.pop(sequence, None)
             if self._decoder is not None and sequence >= self._first:
                 self._decoder.remove_sequence(sequence - self._first)
 
@@ -142,7 +190,7 @@ class Passes:
                 memory_of(rows, "int64"),
                 memory_of(logits, "float32"),
             )
-            self._note(report)
+            self._note(segments, report)
         return logits
 
     def score(
@@ -165,7 +213,7 @@ class Passes:
                 memory_of(values, "float32"),
                 memory_of(best, "uint8"),
             )
-            self._note(report)
+            self._note(segments, report)
         return values, best.astype(bool)
 
     def _own(self, sequence: int) -> int:
@@ -181,11 +229,16 @@ class Passes:
         _ = self.decoder
         if not self._first:
             return list(segments)
-        return [(self._own(sequence), self._own(parent), count) for sequence, parent, count in segments]
+        return [each._replace(sequence=self._own(each.sequence), parent=self._own(each.parent)) for each in segments]
 
-    def _note(self, report: CallReport) -> None:
+    def _note(self, segments: Sequence[Segment], report: CallReport) -> None:
         tokens, executed = self.decoder.report()
-        kv_bytes = self.decoder.kv_bytes()
+        self._calls.update((segment.sequence, report) for segment in segments)
+        kv_bytes = self.decoder.kv_bytes([self._own(each) for each, call in self._calls.items() if call is report])
+        if self.record_decisions:
+            mask = np.empty((len(executed), tokens), dtype=np.uint8)
+            self.decoder.decisions(memory_of(mask.reshape(-1), "uint8"))
+            report.record(segments, [self.length(segment.sequence) for segment in segments], mask.view(np.bool_))
         report.tokens += tokens
         report.passes += 1
         report.executed = [a + b for a, b in zip(report.executed or [0] * len(executed), executed, strict=True)]

@@ -1,20 +1,22 @@
-"""Choosing tokens from logits, in numpy: greedy, or drawn after the usual filters in transformers' order."""
+"""Choosing tokens from logits, by the core: greedy, or drawn after the usual filters in transformers' order."""
 
 from __future__ import annotations
 
 import math
+import numbers
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from qtale.errors import Error, InputError
+from qtale import _core
+from qtale.errors import InputError
+from qtale.tensors import memory
 
 Floats = npt.NDArray[np.float32]
-# Candidates that top_p looks at first; most models put nearly all of their probability there.
-_LIKELY = 2048
+_MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -33,28 +35,30 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        self._check("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
-        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
-        self._check("top_k", self.top_k, whole and self.top_k >= 0, "a whole number, 0 for off")
-        self._check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        self._check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        self._check("temperature", lambda value: value >= 0, "0 (greedy) or more")
+        self._check("top_k", lambda value: value >= 0, "a whole number, 0 for off", whole=True)
+        self._check("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        self._check("min_p", lambda value: 0 <= value <= 1, "from 0 to 1")
+        self._check("repetition_penalty", lambda value: value > 0, "above 0")
 
-    @staticmethod
-    def _check(name: str, value: float, fits: bool, accepted: str) -> None:
-        if not (fits and math.isfinite(value)):
+    def _check(self, name: str, fits: Callable[[float], bool], accepted: str, whole: bool = False) -> None:
+        value = getattr(self, name)
+        if not (_is_number(value, whole) and fits(value)):
             raise InputError(f"generate: {name} {value!r} is not accepted; it must be {accepted}.")
 
 
-@dataclass
-class TokenSource:
-    """What the choice of a sequence's next token depends on beside its logits: its own random numbers, its tokens."""
+def _is_number(value: object, whole: bool) -> bool:
+    # True counts as 1 elsewhere in Python; here it is a mistake.
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        return False
+    try:
+        return whole or math.isfinite(value)
+    except OverflowError:
+        # A whole number that no float is as large as.
+        return False
 
-    generator: np.random.Generator
-    seen: set[int] = field(default_factory=set)
 
-
-def token_sources(count: int, seed: int | Sequence[int] | None) -> list[TokenSource]:
+def token_sources(count: int, seed: int | Sequence[int] | None) -> list[_core.TokenSource]:
     """Independent sources; a sequence draws the same whatever runs beside it.
 
     With one seed, sequence i takes the key (seed, i); with a list, sequence i takes (seed_i, 0), as if alone.
@@ -67,7 +71,7 @@ def token_sources(count: int, seed: int | Sequence[int] | None) -> list[TokenSou
         keys = [(_checked(each), 0) for each in seed]
     else:
         keys = [(_checked(seed), index) for index in range(count)]
-    return [TokenSource(np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))) for key in keys]
+    return [_core.TokenSource(*key) for key in keys]
 
 
 def _checked(seed: object) -> int:
@@ -76,73 +80,17 @@ def _checked(seed: object) -> int:
     return int(seed)
 
 
-def choose(logits: Floats, sources: Sequence[TokenSource], options: Sampling) -> list[int]:
-    """The next token of each row of logits [n, vocab], which may be overwritten; Error where they are NaN."""
-    if options.repetition_penalty != 1.0:
-        _penalize(logits, sources, options.repetition_penalty)
-    largest = logits.argmax(axis=1)
-    if not np.isfinite(logits[np.arange(len(logits)), largest]).all():
-        raise Error(
-            "generate: the model gave logits that are no finite numbers; its weights or caches overflow. Try compute="
-            "'float' and kv_dtype='float32'."
-        )
-    # Also temperatures that float32 has no number for.
-    if np.float32(options.temperature) == 0.0:
-        return [int(token) for token in largest]
-    filtered = _filter(logits, options)
-    return [_draw(row, source.generator) for row, source in zip(filtered, sources, strict=True)]
+def choose(logits: Floats, sources: Sequence[_core.TokenSource], options: Sampling, num_threads: int = 0) -> list[int]:
+    """The next token of each row of logits [n, vocab], which may be overwritten; Error where they are NaN.
 
-
-def _penalize(logits: Floats, sources: Sequence[TokenSource], penalty: float) -> None:
-    factor = np.float32(penalty)
-    for row, source in zip(logits, sources, strict=True):
-        seen = np.fromiter(source.seen, dtype=np.int64, count=len(source.seen))
-        values = row[seen]
-        row[seen] = np.where(values < 0, values * factor, values / factor)
-
-
-def _filter(logits: Floats, options: Sampling) -> Floats:
-    """Logits over temperature, those that are filtered out at minus infinity."""
-    logits -= logits.max(axis=1, keepdims=True)
-    with np.errstate(over="ignore"):
-        logits /= np.float32(options.temperature)
-    if 0 < options.top_k < logits.shape[1]:
-        least = np.partition(logits, -options.top_k, axis=1)[:, [-options.top_k]]
-        logits[logits < least] = -np.inf
-    if options.top_p < 1.0:
-        for row in logits:
-            _keep_top_p(row, options.top_p)
-    if options.min_p > 0.0:
-        # The largest logit is 0, so the share of the largest probability is exp(logit).
-        logits[np.exp(logits) < np.float32(options.min_p)] = -np.inf
-    return logits
-
-
-def _keep_top_p(row: Floats, top_p: float) -> None:
-    """Keep the smallest set of most likely tokens whose probability reaches ``top_p``, at least one."""
-    total = float(np.exp(row).sum(dtype=np.float64))
-    size = row.size
-    least = np.partition(row, size - _LIKELY)[size - _LIKELY] if size > _LIKELY else np.float32(-np.inf)
-    order = _sorted(row, np.flatnonzero(row >= least))
-    sums = np.cumsum(np.exp(row[order]), dtype=np.float64)
-    if sums[-1] < top_p * total and order.size < size:
-        order = _sorted(row, np.arange(size))
-        sums = np.cumsum(np.exp(row[order]), dtype=np.float64)
-    # A token stays while those before it have not reached top_p.
-    kept = 1 + int(np.searchsorted(sums[:-1], top_p * total, side="left"))
-    values = row[order[:kept]]
-    row[:] = -np.inf
-    row[order[:kept]] = values
-
-
-def _sorted(row: Floats, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Ascending tokens by falling logit, the larger index first among equals, as a reversed ascending sort has them."""
-    return tokens[np.argsort(row[tokens], kind="stable")[::-1]]
-
-
-def _draw(row: Floats, generator: np.random.Generator) -> int:
-    """One token by its probability: the first whose cumulative sum passes a uniform number."""
-    sums = np.cumsum(np.exp(row), dtype=np.float64)
-    index = int(np.searchsorted(sums, generator.random() * sums[-1], side="right"))
-    # Rounding may reach past the last token that has any probability.
-    return index if index < sums.size and row[index] > -np.inf else int(np.flatnonzero(row > -np.inf)[-1])
+    ``num_threads`` is 0 for as many as the process uses.
+    """
+    filters = (
+        float(options.temperature),
+        # More than there are tokens is as good as all of them, and fits the core's integers.
+        min(int(options.top_k), _MOST_TOKENS),
+        float(options.top_p),
+        float(options.min_p),
+        float(options.repetition_penalty),
+    )
+    return _core.sample(memory(logits), list(sources), filters, num_threads)

@@ -6,7 +6,7 @@ edges run in passes of many rows, in depth-first order, and are forgotten once t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +28,7 @@ class _Edge:
     tokens: list[int]
     children: list[_Edge] = field(default_factory=list)
     scored: list[tuple[int, int, int]] = field(default_factory=list)
+    text_length: int = 0
     sequence: int = -1
     left: int = 0
 
@@ -43,7 +44,7 @@ def loglikelihoods(
     Contexts and continuations hold a token or more. ``progress`` shows a bar of the tokens that run, shared ones once.
     """
     sums, greedy = [0.0] * len(requests), [True] * len(requests)
-    edges = list(_preorder(_tree(requests)))
+    edges = list(_preorder(_tree(requests, passes.depends_on_length)))
     total = sum(len(edge.tokens) for edge in edges)
     open_sequences: set[int] = set()
     try:
@@ -57,14 +58,22 @@ def loglikelihoods(
     return list(zip(sums, greedy, strict=True))
 
 
-def _tree(requests: Sequence[Request]) -> list[_Edge]:
-    """The roots of a radix tree over (context + continuation) without its last token, which predicts nothing."""
+def _tree(requests: Sequence[Request], stands_alone: Callable[[int], bool]) -> list[_Edge]:
+    """The roots of a radix tree over (context + continuation) without its last token, which predicts nothing.
+
+    Sequences whose length says that they share nothing are roots.
+    """
     sequences = [(context + continuation)[:-1] for context, continuation in requests]
     roots: list[_Edge] = []
+    alone: list[_Edge] = []
     path: list[_Edge] = []
     last: list[int] = []
     for index in sorted(range(len(requests)), key=sequences.__getitem__):
         sequence = sequences[index]
+        if stands_alone(len(sequence)):
+            alone.append(_Edge(None, 0, sequence, text_length=len(sequence)))
+            _mark(alone[-1:], index, requests[index])
+            continue
         shared = _common_prefix(last, sequence)
         while path and path[-1].start >= shared and path[-1].start:
             path.pop()
@@ -79,7 +88,7 @@ def _tree(requests: Sequence[Request]) -> list[_Edge]:
             path.append(edge)
         _mark(path, index, requests[index])
         last = sequence
-    return roots
+    return roots + alone
 
 
 def _split(edge: _Edge, shared: int, roots: list[_Edge]) -> _Edge:
@@ -147,7 +156,7 @@ def _run(
             open_sequences.add(edge.sequence)
             edge.left = len(edge.children)
             parent = -1 if edge.parent is None else edge.parent.sequence
-        segments.append((edge.sequence, parent, count))
+        segments.append(Segment(edge.sequence, parent, count, edge.text_length))
         base = len(tokens) - at
         marks += [(base + row, target, index) for row, target, index in edge.scored if at <= row < at + count]
         tokens += edge.tokens[at : at + count]

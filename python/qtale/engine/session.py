@@ -18,8 +18,8 @@ class Session:
     ``last`` the last generation. Made by :meth:`Engine.session`; ``close`` (or a ``with`` block) frees the cache.
     """
 
-    def __init__(self, passes: Passes, inputs: Inputs) -> None:
-        self._passes, self._inputs = passes, inputs
+    def __init__(self, passes: Passes, inputs: Inputs, num_threads: int = 0) -> None:
+        self._passes, self._inputs, self._num_threads = passes, inputs, num_threads
         self._sequence = passes.add()
         self._held: list[int] = []
         self.reused = 0
@@ -31,17 +31,23 @@ class Session:
         prompt: Prompt,
         max_new_tokens: int | None = None,
         *,
-        sampling: Sampling | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        ignore_end: bool = False,
     ) -> Iterator[Piece]:
         """Pieces of the answer; leaving early (also by Ctrl-C) keeps what was generated until then in ``last``.
 
         Options and errors are those of :meth:`Engine.generate`.
         """
+        options = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         tokens = self._inputs.tokens_of(prompt)
-        (track,) = make_tracks(self._inputs, [tokens], max_new_tokens, stop, False)
-        batch = Batch(self._passes, [track], token_sources(1, seed), sampling or Sampling())
+        (track,) = make_tracks(self._inputs, [tokens], max_new_tokens, stop, ignore_end)
+        batch = Batch(self._passes, [track], token_sources(1, seed), options, self._num_threads)
         self._rewind(tokens)
         track.sequence, track.read = self._sequence, self.reused
         try:
@@ -66,6 +72,8 @@ class Session:
     def _rewind(self, tokens: Sequence[int]) -> None:
         """Cut the cache back to the beginning it shares with ``tokens``; the last of them always runs."""
         most = min(len(self._held), len(tokens) - 1)
+        if self._passes.depends_on_length(max(len(self._held), len(tokens))):
+            most = 0
         self.reused = next((i for i in range(most) if self._held[i] != tokens[i]), most)
         self._passes.truncate(self._sequence, self.reused)
         self._held = self._held[: self.reused]

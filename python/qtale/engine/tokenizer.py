@@ -48,11 +48,6 @@ class Tokenizer:
             raise InputError(f"encode: expected a text, got {type(text).__name__}.")
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of several texts, on several threads."""
-        found = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        return [list(each.ids) for each in found]
-
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

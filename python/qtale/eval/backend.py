@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,9 @@ logger = logging.getLogger("qtale")
 def engine_lm(options: EvalOptions, folder: Path, spec: QuantSpec | None) -> EngineLM | None:
     """The folder on the engine, or None where torch is asked for or is the only one that runs it.
 
-    Keys and values are kept in float32, as torch keeps them. Raises InputError or UnsupportedError where the engine is
-    asked for and cannot run the model as asked.
+    Keys and values are kept in float32, as torch keeps them, unless the options say otherwise. Raises InputError or
+    UnsupportedError where the engine is asked for and cannot run the model as asked, or torch runs it with options of
+    the engine.
     """
     if options.backend == "torch":
         _refuse_engine_options(options)
@@ -39,8 +41,12 @@ def engine_lm(options: EvalOptions, folder: Path, spec: QuantSpec | None) -> Eng
 
 
 def _refuse_engine_options(options: EvalOptions) -> None:
-    if options.lm_head_bits is not None or options.threads is not None:
-        raise InputError("--lm-head-bits, --threads: are options of the engine, but PyTorch scores this model.")
+    given = (options.kv_dtype, *asdict(options.routing).values(), options.lm_head_bits, options.threads)
+    if any(value is not None for value in given):
+        raise InputError(
+            "--kv-dtype, --kv-rule, --theta, --depth, --lm-head-bits, --threads: are options of the engine, but "
+            "PyTorch scores this model."
+        )
 
 
 def _reason_for_torch(options: EvalOptions) -> str | None:
@@ -67,6 +73,8 @@ def _loaded(options: EvalOptions, folder: Path, spec: QuantSpec | None) -> Engin
         symmetric=True if spec is None else spec.symmetric,
         lm_head_bits=options.lm_head_bits,
         num_threads=options.threads,
-        kv_dtype="float32",
+        kv_dtype=options.kv_dtype or "float32",
+        kv_rule=options.routing.kv_rule,
     )
+    options.routing.apply(engine)
     return EngineLM(engine, load_tokenizer(folder), max_length=options.max_length)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qtale.errors import InputError
 from qtale.ptq.options import METHODS, RTN
+from qtale.routing import RoutingOverrides
 from qtale.spec import QuantSpec
 
 DEMO = "demo"
@@ -22,8 +23,8 @@ class EvalOptions:
     ``spec`` quantizes a dense model: in memory where ``method`` is "rtn", else by calibration into a folder that is
     kept (:func:`qtale.integrations.quantized_cache.quantized_folder`). ``baseline`` scores a dense model too: "" the
     one that is quantized, else a folder or hub name. ``limit`` is a number of documents a task, below 1 a share.
-    ``backend`` is "engine" (C++), "torch", or "auto": the engine where it runs the model as asked. ``lm_head_bits`` and
-    ``threads`` are the engine's.
+    ``backend`` is "engine" (C++), "torch", or "auto": the engine where it runs the model as asked. ``lm_head_bits``,
+    ``threads``, ``kv_dtype`` and ``routing`` are the engine's; ``routing`` is for the model, not for its baseline.
     ``perplexity_windows`` bounds the windows of wikitext's perplexity (default: ``limit`` if it is a number, else all).
     """
 
@@ -36,6 +37,8 @@ class EvalOptions:
     backend: str = "auto"
     lm_head_bits: int | None = None
     threads: int | None = None
+    kv_dtype: str | None = None
+    routing: RoutingOverrides = field(default_factory=RoutingOverrides)
     dtype: str = "default"
     device: str = "cpu"
     data: str = "auto"

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from qtale.eval.perplexity import WINDOW, perplexity, wikitext2
 from qtale.eval.sources import Source, choose
 from qtale.eval.tasks import opened_tasks, task_names
 from qtale.ptq.options import AUTO, RTN, SolverOptions
+from qtale.routing import RoutingOverrides
 
 if TYPE_CHECKING:
     from qtale.integrations.engine_lm import EngineLM
@@ -154,7 +155,8 @@ class _Run:
         return results
 
     def _lm(self, folder: Path, spec: Any) -> ScoringLM:
-        return engine_lm(self.options, folder, spec) or self._torch_lm(folder, spec)
+        options = replace(self.options, routing=self._routing(folder, spec))
+        return engine_lm(options, folder, spec) or self._torch_lm(folder, spec)
 
     def _torch_lm(self, folder: Path, spec: Any) -> QtaleLM:
         from qtale.integrations.lm_eval import QtaleLM
@@ -203,7 +205,13 @@ class _Run:
             name, quantization = self.options.model, {**asdict(self.options.spec), "method": self.options.method}
         compute = self._compute(folder, spec)
         chosen = {} if compute is None else {"compute": compute}
-        return {"pretrained": name, **quantization, **chosen, "dtype": self.options.dtype}
+        routing = {name: value for name, value in asdict(self._routing(folder, spec)).items() if value is not None}
+        return {"pretrained": name, **quantization, **chosen, **routing, "dtype": self.options.dtype}
+
+    def _routing(self, folder: Path, spec: Any) -> RoutingOverrides:
+        """What is chosen about skipped layers: nothing for the baseline, which runs as it is stored."""
+        baseline = spec is None and folder == self.dense_folder
+        return RoutingOverrides() if baseline else self.options.routing
 
     def _compute(self, folder: Path, spec: Any) -> str | None:
         """How layers multiply, None where the option makes no difference: for dense ones but in bfloat16."""
@@ -221,6 +229,7 @@ class _Run:
             "model": str(folder),
             "quantized_in_memory": None if spec is None else asdict(spec),
             "compute": self._compute(folder, spec),
+            "routing": asdict(self._routing(folder, spec)),
             "data": self.source.name,
         }
 

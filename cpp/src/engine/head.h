@@ -1,0 +1,23 @@
+// Logits of the last layer's rows, and their scores, in pieces between which a call may be ended.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "engine/workspace.h"
+#include "qtale/engine.h"
+
+namespace qtale::engine {
+
+// logits [rows, vocab] = x [rows, hidden] times the head.
+void multiply_head(const TensorView& x, const DecoderSpec& spec, const TensorView& logits,
+                   const std::function<void()>& poll);
+
+// Log-softmax of rows of x [rows, hidden] at targets[i], for the rows that row_of[i] names in ascending order.
+std::vector<Score> score_rows(const TensorView& x, const DecoderSpec& spec, std::span<const std::int64_t> row_of,
+                              std::span<const std::int32_t> targets, Workspace& workspace,
+                              const std::function<void()>& poll);
+
+}  // namespace qtale::engine
