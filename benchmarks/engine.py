@@ -127,8 +127,19 @@ class Bench:
             yield from self.on_threads(
                 f"{form.name} routed prefill", lambda r=ratio, t=theta: cases.routed_prefill(subject, r, t, sizes)
             )
+            yield from self.routed_batches(subject, form, ratio, theta)
             if self.wants(f"{form.name} KV"):
                 yield cases.kv_memory(subject, ratio, theta, 2 * sizes.short)
+        # Every token executes every layer and every router runs: the least that routing can gain.
+        yield from self.routed_batches(subject, form, 1.0, 0.0)
+
+    def routed_batches(self, subject: Subject, form: Format, ratio: float, theta: float) -> Iterator[Row]:
+        """Decoding of batches by routers, which is never to be slower than dense."""
+        for size in self.sizes.routed_batches:
+            yield from self.on_threads(
+                f"{form.name} routed batch",
+                lambda n=size, r=ratio, t=theta: cases.routed_batch(subject, n, r, t, self.sizes),
+            )
 
     def beside(self, subject: Subject, form: Format, model: str) -> Iterator[Row]:
         """Rates over those of peers, taken in turn."""

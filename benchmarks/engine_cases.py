@@ -24,6 +24,7 @@ SEARCH = 10  # steps of the search for theta
 LONG_PROMPT, ROUTED_DECODE, ROUTED_PREFILL = 0.80, 0.95, 0.90
 TWO_DECODE, TWO_PREFILL = 0.95, 1.80
 KV_SLACK, LOAD = 0.05, 1.5
+NEVER_SLOWER = 0.98  # gain over dense; what two runs of the same differ by
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Sizes:
     long: int = 4096
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     ratios: tuple[float, ...] = (0.75, 0.5, 0.25)
+    routed_batches: tuple[int, ...] = (4, 16)
 
 
-QUICK = Sizes(2, 1, 32, 96, (1, 2), (0.5,))
+QUICK = Sizes(2, 1, 32, 96, (1, 2), (0.5,), (2,))
 
 
 def long_prompt(subject: Subject, sizes: Sizes) -> Row:
@@ -187,6 +189,28 @@ def routed_prefill(subject: Subject, ratio: float, theta: float, sizes: Sizes) -
     row = make_row(f"routed prefill {sizes.short} r={ratio}", rate, "tokens/s", samples=sizes.slow_repeats)
     name = f"1/r at {found:.3f}: {1 / found:.2f}x, got {gain:.2f}x"
     return judge({**row, "share": share, "limit_name": name, "ratio": found, "gain": gain}, ROUTED_PREFILL)
+
+
+def routed_batch(subject: Subject, batch: int, ratio: float, theta: float, sizes: Sizes) -> Row:
+    """Decoding of several sequences by routers: gain over dense."""
+    depth = Depth(subject)
+    gains, routed, ratios = [], [], []
+    depth.dense()
+    with Decoding(subject, batch) as decoding:
+        steps = max(8, steps_of(decoding))
+        for _ in range(sizes.slow_repeats):
+            depth.dense()
+            dense = undisturbed(partial(decoding.seconds, steps))[0]
+            depth.routed(theta)
+            report = CallReport()
+            routed.append(undisturbed(partial(decoding.seconds, steps, report))[0])
+            gains.append(dense / routed[-1])
+            ratios.append(depth.executed(report))
+    depth.dense()
+    found, rate = float(np.median(ratios)), batch * steps / float(np.median(routed))
+    row = make_row(f"routed decode batch {batch} r={ratio}", rate, "tokens/s", samples=sizes.slow_repeats)
+    row |= {"share": float(np.median(gains)), "limit_name": f"dense, executed {found:.3f}", "ratio": found}
+    return judge(row, NEVER_SLOWER)
 
 
 def kv_memory(subject: Subject, ratio: float, theta: float, tokens: int) -> Row:

@@ -1,7 +1,8 @@
 """Minutes of mixed calls on one engine: memory stays flat and every call gives the bits that it gave first.
 
 Generation (greedy, sampled, batched, streamed and left early), conversations, logits, log-likelihoods, perplexity and
-static depths take turns in random order; sometimes two threads call at a time.
+static depths take turns in random order; sometimes two threads call at a time. With ``--routed`` random routers let
+tokens skip layers in all of them.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -27,6 +31,7 @@ from qtale import process
 from qtale.bench import machine
 from qtale.engine import Engine
 from qtale.errors import Error
+from random_models import routed_copy
 
 TEXT = (
     "The lake lies between two hills, and in the morning its water is warmer than the air above it. Farmers on the "
@@ -99,6 +104,20 @@ class Calls:
         finally:
             self.engine.set_depth(None)
 
+    def theta(self) -> Any:
+        """A higher threshold, alone; every token's decisions."""
+        before = self.engine.theta
+        self.engine.theta, self.engine.record_decisions = 0.7, True
+        try:
+            found, decisions = self.batch(), self.engine.report.decisions
+            return found, None if decisions is None else decisions.tobytes()
+        finally:
+            self.engine.theta, self.engine.record_decisions = before, False
+
+    def alone(self) -> dict[str, Callable[[], Any]]:
+        """Those that change the engine while they run."""
+        return {"depth": self.depth, "theta": self.theta}
+
     def shared(self) -> dict[str, Callable[[], Any]]:
         """Those that threads may call at a time."""
         found = (self.greedy, self.batch, self.sampled, self.left_early, self.conversation, self.logits)
@@ -133,13 +152,13 @@ class Soak:
                 self.check(name, value)
             self.counts["in two threads"] += 1
             return
-        every = shared | {"depth": self.calls.depth}
+        every = shared | self.calls.alone()
         name = self.draw.choice(sorted(every))
         self.check(name, every[name]())
 
     def run(self, seconds: float) -> None:
         """All calls once and some turns, which memory is compared with; then turns until the time is over."""
-        for name, call in (self.calls.shared() | {"depth": self.calls.depth}).items():
+        for name, call in (self.calls.shared() | self.calls.alone()).items():
             self.check(name, call())
         for _ in range(20):
             self.turn()
@@ -190,6 +209,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a folder, or demo")
     parser.add_argument("--bits", type=int, default=4, help="of a dense model (default 4; 0: as it is)")
+    parser.add_argument("--routed", action="store_true", help="random routers on every layer")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--tokens", type=int, default=24, help="to generate, at most")
     parser.add_argument("--threads", type=int, help="of the engine")
@@ -197,19 +217,28 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def load(options: argparse.Namespace, work: Path) -> Engine:
+    """The model that the command line names; its routed form lies in ``work``."""
+    model = Path(qtale.demo.model() if options.model == "demo" else options.model)
+    if options.routed:
+        config = json.loads((model / "config.json").read_text())
+        model = routed_copy(work / "routed", model, config["num_hidden_layers"], config["hidden_size"], 16)
+    return qtale.load(model, bits=options.bits or None, num_threads=options.threads, progress=False)
+
+
 def main() -> int:
     """Runs and prints what was found; 1 where a result changed or memory grew."""
     options = parse()
     give_back_at_once()
     try:
-        model = qtale.demo.model() if options.model == "demo" else options.model
-        engine = qtale.load(model, bits=options.bits or None, num_threads=options.threads, progress=False)
-        soak = Soak(Calls(engine, options.tokens))
-        soak.run(60 * options.minutes)
+        with tempfile.TemporaryDirectory() as work:
+            soak = Soak(Calls(load(options, Path(work)), options.tokens))
+            soak.run(60 * options.minutes)
     except Error as error:
         print(f"soak: error: {error}", file=sys.stderr)
         return 1
-    result = {"benchmark": "soak", "machine": machine(), "model": str(options.model), **soak.result()}
+    result = {"benchmark": "soak", "machine": machine(), "model": str(options.model), "routed": options.routed}
+    result |= soak.result()
     publish(result, render(result), options.json)
     return 0 if result["ok"] else 1
 

@@ -60,12 +60,14 @@ def test_quality_is_measured_without_windows_of_perplexity(folder: Path, tmp_pat
     assert "| W8 per channel |" in done.stdout
 
 
-def test_a_short_soak_changes_nothing(folder: Path) -> None:
-    given = [f"--model={folder / 'model'}", "--minutes=0.03", "--tokens=8", "--threads=2"]
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_short_soak_changes_nothing(folder: Path, routed: bool) -> None:
+    given = [f"--model={folder / 'model'}", "--minutes=0.02", "--tokens=8", "--threads=2"] + ["--routed"] * routed
     result, text = run("soak.py", *given)
     assert result["ok"], text
     assert result["changed"] == []
-    assert {"batch", "depth", "perplexity", "loglikelihood", "conversation"} <= set(result["calls"])
+    assert result["routed"] == routed
+    assert {"batch", "depth", "theta", "perplexity", "loglikelihood", "conversation"} <= set(result["calls"])
     assert result["rss_end"] > 0
 
 
