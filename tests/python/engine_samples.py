@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
 
 from eval_samples import byte_tokenizer
+from qtale.engine import Engine
+from qtale.engine.sampling import token_sources
 
+Floats = npt.NDArray[np.float32]
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -123,3 +127,31 @@ def torch_logits(model: PreTrainedModel, ids: list[int]) -> npt.NDArray[np.float
 def difference(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
     """Largest difference of a logit as a share of the range of logits."""
     return float(np.abs(found - expected).max() / (expected.max() - expected.min()))
+
+
+def forced_logits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, starts: list[list[int]], ends: list[list[int]]
+) -> list[Floats]:
+    """Logits that one call of ``generate`` chooses from, for each of ``starts``, which it continues with ``ends``."""
+    numbers: dict[int, int] = {}
+    rows: list[list[Floats]] = [[] for _ in starts]
+
+    def numbered(*arguments: Any) -> list[Any]:
+        sources = list(token_sources(*arguments))
+        numbers.update((id(source), number) for number, source in enumerate(sources))
+        return sources
+
+    def forced(logits: Floats, sources: list[Any], *_: Any) -> list[int]:
+        tokens = []
+        for row, source in zip(logits, sources, strict=True):
+            number = numbers[id(source)]
+            tokens.append(ends[number][len(rows[number])])
+            rows[number].append(row.copy())
+        return tokens
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qtale.engine.engine.token_sources", numbered)
+        patched.setattr("qtale.engine.generate.choose", forced)
+        found = engine.generate(starts, max(map(len, ends)), ignore_end=True)
+    assert [list(generation.tokens) for generation in found] == ends
+    return [np.stack(each) for each in rows]

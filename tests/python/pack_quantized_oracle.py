@@ -50,12 +50,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def unpack(words: Array, num_bits: int, count: int) -> Array:
     """Codes [rows, count] of int32 words [rows, n]: element i is the bits from i * num_bits on, less 2^(bits-1)."""
-    codes = np.empty((words.shape[0], count), dtype=np.int64)
-    for row, line in enumerate(words):
-        stream = int.from_bytes(line.astype("<i4").tobytes(), "little")
-        for i in range(count):
-            codes[row, i] = (stream >> (i * num_bits)) & ((1 << num_bits) - 1)
-    return codes - (1 << (num_bits - 1))
+    stored = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)
+    bits = np.unpackbits(stored, axis=1, count=count * num_bits, bitorder="little").reshape(-1, count, num_bits)
+    return np.packbits(bits, axis=2, bitorder="little")[:, :, 0].astype(np.int64) - (1 << (num_bits - 1))
 
 
 def scheme_of(module: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import qtale
+from engine_samples import make_model
 from eval_samples import tiny_llama
 from qtale.errors import Error
 from qtale.integrations.routing import router_weights
@@ -31,7 +32,7 @@ VALUES: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A dense folder with routers, and a quantized one with a bias and yarn."""
+    """A dense folder with routers, a quantized one with a bias and yarn, one of shards, and one of another family."""
     root = tmp_path_factory.mktemp("originals")
     tiny_llama(num_hidden_layers=1, vocab_size=40).save_pretrained(root / "dense")
     write_routing(root / "dense", Routing({0: router_weights(Router(64, 3))}), 1, 64)
@@ -39,7 +40,12 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     source = tiny_llama(num_hidden_layers=1, vocab_size=40, attention_bias=True, rope_parameters=yarn)
     source.half().save_pretrained(root / "source")
     qtale.quantize(root / "source", root / "packed", qtale.QuantSpec(4, 32, False), progress=False)
-    return [root / "dense", root / "packed"]
+    tiny_llama(num_hidden_layers=1, vocab_size=40).half().save_pretrained(root / "sharded", max_shard_size="20KB")
+    windows: dict[str, Any] = {"sliding_window": 2, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+    qwen = make_model("qwen3", num_hidden_layers=1, vocab_size=40, head_dim=16, **windows)
+    qwen.bfloat16().save_pretrained(root / "qwen3")
+    assert len(list((root / "sharded").glob("*.safetensors"))) > 2
+    return [root / name for name in ("dense", "packed", "sharded", "qwen3")]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -90,7 +96,7 @@ def change_bytes(path: Path, draw: random.Random) -> None:
 
 def mutate(folder: Path, draw: random.Random) -> None:
     weights = sorted(folder.glob("*.safetensors"))
-    settings = [folder / "config.json", *folder.glob("qtale.json")]
+    settings = [folder / "config.json", *folder.glob("qtale.json"), *folder.glob("*.index.json")]
     steps: list[Callable[[], None]] = [
         lambda: change_json(draw.choice(settings), draw),
         lambda: change_header(draw.choice(weights), draw),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import qtale
+from engine_samples import forced_logits
 from eval_samples import tiny_llama
 from qtale import _core
 from qtale.checkpoint.folder import open_folder
@@ -127,22 +128,47 @@ def test_logits_and_decisions_are_those_of_the_dense_form(
     assert abs(np.mean(shares) - ratio) < 0.2
 
 
-def test_batches_chunks_and_decoding_route_as_one_pass_does(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("kv_rule", ["evict", "keep"])
+def test_batches_chunks_and_decoding_give_the_logits_of_the_dense_form(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, kv_rule: str
 ) -> None:
+    folder, steps = routed(dense, tmp_path / "model", kv_rule), 4
+    model = qtale.load_torch(folder)
+    with qtale.load(folder, progress=False) as engine:
+        set_theta(engine, model, theta_for(model, ratio))
+        oracle = [oracle_logits(model, tokens) for tokens in prompts()]
+        whole = [engine.logits(tokens) for tokens in prompts()]
+        cut = [tokens for tokens in prompts() if len(tokens) > steps]
+        # The last token of a text is only chosen and does not run.
+        executed = [oracle_logits(model, tokens[:-1])[1] for tokens in cut]
+        counts = [sum(each[layer] for each in executed) for layer in range(LAYERS)]
+        for pass_tokens in (512, 16):
+            monkeypatch.setattr("qtale.engine.engine.PASS_TOKENS", pass_tokens)
+            monkeypatch.setattr("qtale.engine.generate.PASS_TOKENS", pass_tokens)
+            for tokens, expected, (exact, _) in zip(prompts(), whole, oracle, strict=True):
+                found = engine.logits(tokens)
+                assert np.array_equal(found, expected)
+                assert close(found, exact)
+            starts, ends = [tokens[:-steps] for tokens in cut], [tokens[-steps:] for tokens in cut]
+            decoded = forced_logits(engine, monkeypatch, starts, ends)
+            assert engine.report.executed == counts
+            for tokens, rows in zip(cut, decoded, strict=True):
+                exact, _ = oracle[prompts().index(tokens)]
+                assert close(rows, exact[-steps - 1 : -1])
+                alone = forced_logits(engine, monkeypatch, [tokens[:-steps]], [tokens[-steps:]])
+                assert np.array_equal(alone[0], rows)
+
+
+def test_batches_decode_to_what_the_dense_form_finds_likeliest(dense: Path, tmp_path: Path) -> None:
     folder = routed(dense, tmp_path / "model")
     model = qtale.load_torch(folder)
     with qtale.load(folder, progress=False) as engine:
-        whole = [engine.logits(tokens) for tokens in prompts()]
         generated = engine.generate(prompts(), 20, ignore_end=True)
         for tokens, generation in zip(prompts(), generated, strict=True):
-            alone = engine.generate(tokens, 20, ignore_end=True)
-            assert alone.tokens == generation.tokens
+            assert engine.generate(tokens, 20, ignore_end=True).tokens == generation.tokens
             expected, _ = oracle_logits(model, tokens + list(generation.tokens))
             assert expected[len(tokens) - 1 : -1].argmax(axis=1).tolist() == list(generation.tokens)
-        monkeypatch.setattr("qtale.engine.engine.PASS_TOKENS", 16)
-        for tokens, expected in zip(prompts(), whole, strict=True):
-            assert np.array_equal(engine.logits(tokens), expected)
 
 
 def test_int8_routes_alike_however_tokens_come_and_nearly_as_float_does(

@@ -162,3 +162,22 @@ def test_load_torch_gives_the_recorded_logits(name: str) -> None:
         logits = model(recorded["input_ids"]).logits
     spread = float(recorded["logits"].max() - recorded["logits"].min())
     assert float((logits - recorded["logits"]).abs().max()) < 1e-5 * spread
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engine_gives_the_recorded_logits(name: str) -> None:
+    recorded = load_file(SAMPLES / f"{name}.logits.safetensors")
+    model = qtale.load_torch(SAMPLES / name, compute="float", dtype=torch.float32)
+    with torch.no_grad():
+        beside = model(recorded["input_ids"]).logits.numpy()
+    expected = recorded["logits"].numpy()
+    spread = float(np.ptp(expected))
+    with qtale.load(SAMPLES / name, compute="float", kv_dtype="float32", progress=False) as engine:
+        for ids, row, other in zip(recorded["input_ids"].tolist(), expected, beside, strict=True):
+            found = engine.logits(ids)
+            assert float(np.abs(found - row).max()) < 1e-5 * spread
+            assert float(np.abs(found - other).max()) < 1e-5 * spread
+    # Activations of 8 bits, one block deep.
+    with qtale.load(SAMPLES / name, compute="int8", kv_dtype="float32", progress=False) as engine:
+        for ids, row in zip(recorded["input_ids"].tolist(), expected, strict=True):
+            assert 0 < float(np.abs(engine.logits(ids) - row).max()) < 0.05 * spread
