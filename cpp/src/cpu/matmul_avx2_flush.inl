@@ -41,7 +41,7 @@ struct Place {
   std::int64_t in_group;  // inputs of the activation group so far
 };
 
-// Scales of a panel's rows; both halves at once, because every flush looks at their type.
+// Scales of a panel's rows.
 QTALE_INLINE void load_scales(const std::uint8_t* p, DType dtype, __m256 (&scales)[2]) {
   if (dtype == DType::f16) {
     scales[0] = load_f16(reinterpret_cast<const std::uint16_t*>(p));
@@ -82,17 +82,17 @@ QTALE_INLINE void multiply_fields(__m256i (&acc)[S][T][2], int s, const std::uin
   if constexpr (At + 1 < C::kFields) multiply_fields<C, T, S, Keep, At + 1>(acc, s, w, rows, kept, seventh);
 }
 
-template <class C, bool Keep>
-QTALE_INLINE void block_scales(const Layout& l, const Place& at, std::int64_t stream, __m256 (&scales)[2]) {
-  if constexpr (C::kKept)
-    load_scales(reinterpret_cast<const std::uint8_t*>(at.kept_scales), DType::f32, scales);
-  else if (l.per_channel)
-    scales[0] = scales[1] = set1(1.0f);
-  else
-    load_scales(at.params + stream, l.scale_dtype, scales);
-  if constexpr (Keep) {
-    _mm256_store_ps(at.kept_scales, scales[0]);
-    _mm256_store_ps(at.kept_scales + 8, scales[1]);
+// Keeps the scales of a block in float32 while no sums are held: their type is a decision, which compilers make room
+// for by spilling sums.
+template <class C, int S>
+QTALE_INLINE void keep_scales(const Tile& t, const Layout& l, const Place& at) {
+  if constexpr (C::kKept) return;
+  QTALE_UNROLL
+  for (int s = 0; s < S; ++s) {
+    __m256 scales[2] = {set1(1.0f), set1(1.0f)};
+    if (!l.per_channel) load_scales(at.params + s * t.stream, l.scale_dtype, scales);
+    _mm256_store_ps(at.kept_scales + s * kRows, scales[0]);
+    _mm256_store_ps(at.kept_scales + s * kRows + 8, scales[1]);
   }
 }
 
@@ -161,14 +161,14 @@ QTALE_INLINE void begin_joint(const Tile& t, __m256i (&acc)[S][T][2]) {
 }
 
 // Adds one flush to the part of its activation group, or, where that ends, to the outputs.
-template <class C, int T, int S, bool Keep, Stage At, bool Zeros>
+template <class C, int T, int S, Stage At, bool Zeros>
 QTALE_INLINE void add_flush(const Tile& t, const Layout& l, std::int64_t places, const Place& at,
                             __m256i (&acc)[S][T][2]) {
   constexpr bool kJoint = At == Stage::end_joint;
   QTALE_UNROLL
   for (int s = 0; s < S; ++s) {
-    __m256 scales[2];
-    block_scales<C, Keep>(l, at, s * t.stream, scales);
+    const __m256 scales[2] = {_mm256_load_ps(at.kept_scales + s * kRows),
+                              _mm256_load_ps(at.kept_scales + s * kRows + 8)};
     const auto* zero_points = reinterpret_cast<const std::int8_t*>(at.params + s * t.stream + l.scale_bytes);
     QTALE_UNROLL
     for (int half = 0; half < 2; ++half) {

@@ -9,13 +9,13 @@
 namespace qtale::cpu {
 namespace {
 
-template <class C, int T, int S, bool Keep, bool Zeros>
+template <class C, int T, int S, bool Zeros>
 QTALE_INLINE void end_flush(const Tile& t, const Layout& l, const Acts& acts, const Place& at, bool last,
                             __m256i (&acc)[S][T][2]) {
-  if (at.in_group == 0 && last) return add_flush<C, T, S, Keep, Stage::whole, Zeros>(t, l, acts.places(), at, acc);
-  if (last) return add_flush<C, T, S, Keep, Stage::end, Zeros>(t, l, acts.places(), at, acc);
-  if (at.in_group == 0) return add_flush<C, T, S, Keep, Stage::begin, Zeros>(t, l, acts.places(), at, acc);
-  add_flush<C, T, S, Keep, Stage::middle, Zeros>(t, l, acts.places(), at, acc);
+  if (at.in_group == 0 && last) return add_flush<C, T, S, Stage::whole, Zeros>(t, l, acts.places(), at, acc);
+  if (last) return add_flush<C, T, S, Stage::end, Zeros>(t, l, acts.places(), at, acc);
+  if (at.in_group == 0) return add_flush<C, T, S, Stage::begin, Zeros>(t, l, acts.places(), at, acc);
+  add_flush<C, T, S, Stage::middle, Zeros>(t, l, acts.places(), at, acc);
 }
 
 template <class C, int T, int S, bool Keep>
@@ -25,9 +25,9 @@ QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place&
   // Unsigned numbers divide by a shift alone.
   multiply_steps<C, T, S, Keep>(t, at, static_cast<std::uint64_t>(count) / C::kInputs, acc);
   if (l.symmetric)
-    end_flush<C, T, S, Keep, false>(t, l, acts, at, last, acc);
+    end_flush<C, T, S, false>(t, l, acts, at, last, acc);
   else
-    end_flush<C, T, S, Keep, true>(t, l, acts, at, last, acc);
+    end_flush<C, T, S, true>(t, l, acts, at, last, acc);
   at.in_group = last ? 0 : at.in_group + count;
   next_flush(at, acts.places(), last);
 }
@@ -40,6 +40,7 @@ QTALE_INLINE void whole_blocks(const Tile& t, const Layout& l, const Acts& acts,
   const std::int64_t places = C::kKept || Keep ? kTile : acts.rows, params_step = l.per_channel ? 0 : l.block_offset(1);
   const std::int64_t codes_step = C::kKept || l.per_channel ? 0 : l.param_bytes;
   for (; count > 0; --count) {
+    keep_scales<C, S>(t, l, at);
     if constexpr (Joint) {
       __m256i acc[S][T][2];
       start_lanes(t, at, acc);
@@ -50,10 +51,10 @@ QTALE_INLINE void whole_blocks(const Tile& t, const Layout& l, const Acts& acts,
     __m256i acc[S][T][2];
     start_lanes(t, at, acc);
     multiply_steps<C, T, S, Keep>(t, at, kSteps, acc);
-    add_flush<C, T, S, Keep, Joint ? Stage::end_joint : Stage::whole, Zeros>(t, l, places, at, acc);
+    add_flush<C, T, S, Joint ? Stage::end_joint : Stage::whole, Zeros>(t, l, places, at, acc);
     next_flush(at, places, true);
     at.params += params_step;
-    at.kept_scales += kRows;
+    if constexpr (C::kKept || Keep) at.kept_scales += kRows;
     at.codes += codes_step;
   }
 }
@@ -97,6 +98,7 @@ __attribute__((noipa)) void tile_int8(const Tile& tile) {
   else
     whole_blocks<C, T, S, Keep, true>(t, l, acts, at, whole);
   for (std::int64_t b = t.begin + whole; b < t.end; ++b) {
+    keep_scales<C, S>(t, l, at);
     std::int64_t left = l.block_size(b);
     for (std::int64_t count; left > 0; left -= count) {
       count = min64(acts.flush, left);
@@ -104,7 +106,7 @@ __attribute__((noipa)) void tile_int8(const Tile& tile) {
       flush<C, T, S, Keep>(t, l, acts, at, count, last);
     }
     at.params += params_step;
-    at.kept_scales += kRows;
+    if constexpr (C::kKept || Keep) at.kept_scales += kRows;
     if (!C::kKept && !l.per_channel) at.codes += l.param_bytes;
   }
 }
