@@ -1,10 +1,12 @@
 // Calls of the decoder: how they end early, what they report, and texts that come in parts.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 
 #include "catch.h"
+#include "engine/head.h"
 #include "tiny_decoder.h"
 
 namespace qtale::test {
@@ -114,6 +116,29 @@ TEST_CASE("pages that sequences share count in parts", "[decoder]") {
   CHECK(bytes({}) == 0);
 }
 
+TEST_CASE("logits come in pieces of the head, the same as at once", "[decoder]") {
+  constexpr std::int64_t kRows = 100;
+  const auto pieces_of = [](const TinyDecoder::Options& options) {
+    const TinyDecoder model(options);
+    const std::int64_t hidden = model.spec().hidden_size;
+    Random random(27);
+    const Floats x = normal_floats(random, DType::f32, kRows * hidden);
+    const TensorView rows = x.matrix(kRows, hidden);
+    std::vector<float> whole(static_cast<std::size_t>(kRows * options.vocab), NAN), parts = whole;
+    int polls = 0;
+    const auto logits = [&](std::vector<float>& to) {
+      return TensorView::matrix(to.data(), DType::f32, kRows, options.vocab);
+    };
+    engine::multiply_head(rows, model.spec(), logits(whole), {});
+    engine::multiply_head(rows, model.spec(), logits(parts), [&] { ++polls; }, 1);
+    CHECK(parts == whole);
+    return polls;
+  };
+  CHECK(pieces_of({.seed = 27, .vocab = 4224}) == 2);                   // packed: 64 and 36 rows
+  CHECK(pieces_of({.seed = 28, .packed = false, .vocab = 4224}) == 3);  // 2048, 2048 and 128 tokens
+  CHECK(pieces_of({.seed = 29, .packed = false, .vocab = 4224, .dense_dtype = DType::bf16}) == 3);
+}
+
 TEST_CASE("a report names the rows that executed each layer", "[decoder]") {
   const TinyDecoder model({.seed = 26, .routers = true});
   Decoder decoder(model.spec());
@@ -121,6 +146,8 @@ TEST_CASE("a report names the rows that executed each layer", "[decoder]") {
   run_alone(decoder, tokens);
   const auto whole = decoder.report().executed;
   CHECK(counts(decoder.report())[0] == 50);
+  CHECK(counts(decoder.report())[1] > 2);
+  CHECK(counts(decoder.report())[1] < 50);
   // Alone and in two parts the same tokens decide the same.
   const std::int64_t sequence = decoder.add_sequence();
   run(decoder, {{sequence, -1, std::span(tokens).first(30)}});

@@ -71,3 +71,21 @@ def test_a_session_reads_anew_what_a_longer_text_changes(engine: Engine) -> None
             assert (session.reused > 0) == reused
             assert session.last is not None
             assert session.last.tokens == engine.generate(text[:length], max_new_tokens=3).tokens
+
+
+@pytest.mark.parametrize("length", [20, 62, 100])
+def test_generated_tokens_are_those_of_transformers(model: torch.nn.Module, engine: Engine, length: int) -> None:
+    ids, steps = ids_of(length, seed=length), 30
+    torch_logits(model, [1])
+    given = torch.tensor([ids])
+    with torch.no_grad():
+        found = model.generate(  # type: ignore[operator]
+            given, attention_mask=torch.ones_like(given), max_new_tokens=steps, do_sample=False, eos_token_id=None
+        )
+    assert engine.generate(ids, max_new_tokens=steps, ignore_end=True).tokens == tuple(found[0, length:].tolist())
+
+
+def test_equal_long_texts_run_once(engine: Engine) -> None:
+    context = ids_of(90)
+    engine.loglikelihood([(context, [token]) for token in (3, 4, 5)])
+    assert engine.report.tokens == len(context)

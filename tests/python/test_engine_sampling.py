@@ -247,7 +247,7 @@ def test_wrong_tokens_and_values_are_named_by_the_core() -> None:
         ({"top_p": [0.5]}, "top_p [0.5] is not accepted; it must be above 0 and at most 1."),
         ({"top_p": float("nan")}, "top_p nan is not accepted"),
         ({"min_p": 1j}, "min_p 1j is not accepted; it must be from 0 to 1."),
-        ({"repetition_penalty": "x"}, "repetition_penalty 'x' is not accepted; it must be above 0."),
+        ({"repetition_penalty": "x"}, "repetition_penalty 'x' is not accepted; it must be from 1e-30 to 1e30."),
     ],
 )
 def test_options_that_are_no_numbers_are_named(options: dict[str, Any], message: str) -> None:

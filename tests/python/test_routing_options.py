@@ -98,7 +98,7 @@ def test_generate_runs_as_the_engine_does_when_told_so(
         (["--depth", "0-9"], "there is no layer 4; they are 0 to 3"),
         (["--depth", "0-"], "--depth '0-': '0-' is no layer and no range of layers"),
         (["--kv-dtype", "float8"], "kv_dtype 'float8' is not known; use auto, float16"),
-        (["--kv-rule", "drop"], "kv_rule 'drop' is not known; use evict or keep"),
+        (["--kv-rule", "drop"], "--kv-rule 'drop' is not known; use evict or keep"),
     ],
 )
 def test_wrong_values_are_refused(
@@ -154,6 +154,7 @@ def test_eval_scores_under_them(routed: Path, documents: Path, capsys: pytest.Ca
         assert found["wikitext"]["perplexity"] == pytest.approx(engine.perplexity(ids), rel=1e-6)
     found = evaluated(capsys, routed, documents, "--depth", "0,3", "--kv-dtype", "float16")
     assert found["routing"] == {"theta": None, "layers": [0, 3], "kv_rule": None}
+    assert (found["kv_dtype"], stored["kv_dtype"]) == ("float16", None)
     with qtale.load(routed, compute="int16", kv_dtype="float16", progress=False) as engine:
         engine.set_depth([0, 3])
         assert found["wikitext"]["perplexity"] == pytest.approx(engine.perplexity(ids), rel=1e-6)
@@ -167,6 +168,35 @@ def test_the_baseline_of_eval_runs_as_it_is_stored(
     found = evaluated(capsys, routed, documents, "--bits", "8", "--group-size", "32", "--baseline", "--depth", "0,3")
     assert found["baseline"]["wikitext"]["perplexity"] == stored
     assert found["baseline"]["routing"] == {"theta": None, "layers": None, "kv_rule": None}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--theta", "0.9"], "has no routers for it"),
+        (["--depth", "0-99"], "there is no layer 4; they are 0 to 3"),
+        (["--kv-rule", "drop"], "'drop' is not known; use evict or keep"),
+        (["--backend", "torch", "--depth", "0"], FOR_ENGINE),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_anything_is_loaded(
+    dense: Path,
+    documents: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    def load(*args: Any, **options: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(qtale, "load", load)
+    given = ["--model", str(dense), "--tasks", "arc_easy", "--data", str(documents), "--bits", "8", "--baseline"]
+    assert main(["eval", *given, *words]) == 1
+    assert message in capsys.readouterr().err
+    if "--backend" not in words:
+        assert main(["generate", str(dense), PROMPT, *words]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ class Decoder {
   Decoder& operator=(const Decoder&) = delete;
 
   std::int64_t add_sequence();
-  void remove_sequence(std::int64_t sequence);
+  void remove_sequence(std::int64_t sequence);  // nothing happens where there is none
   std::int64_t length(std::int64_t sequence) const;
   // Forgets the tokens from position `length` on.
   void truncate(std::int64_t sequence, std::int64_t length);

@@ -74,6 +74,9 @@ void Decoder::Impl::check_tokens(const Segment& segment, std::int64_t start) con
   if (start + count > spec.context)
     fail_input("Decoder: {} tokens after {} exceed the context of {}; shorten the text or load with a longer context.",
                count, start, spec.context);
+  if (segment.text_length != 0 && (segment.text_length < start + count || segment.text_length > spec.context))
+    fail_input("Decoder: a text of {} tokens cannot hold {} after {}; use up to the context of {}, or 0.",
+               segment.text_length, count, start, spec.context);
   for (const std::int32_t token : segment.tokens)
     if (token < 0 || token >= spec.vocab_size)
       fail_input("Decoder: token id {} is outside of the vocabulary; use 0 to {}.", token, spec.vocab_size - 1);

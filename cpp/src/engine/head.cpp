@@ -12,8 +12,6 @@ namespace {
 // logits. The pieces are the same for any number of rows, so that the score of a row is, too.
 constexpr std::int64_t kPackedRows = 64, kScoredRows = 512, kScoredEntries = 2048;
 static_assert(kScoredEntries % kTileOutputs == 0);
-// Products of a piece of logits: a third of a second on one slow core.
-constexpr std::int64_t kPieceProducts = std::int64_t{1} << 34;
 
 TensorView some_rows(const TensorView& x, std::int64_t first, std::int64_t count) {
   TensorView part = x;
@@ -49,12 +47,11 @@ void score_some(const TensorView& x, const DecoderSpec& spec, std::span<const st
 }  // namespace
 
 void multiply_head(const TensorView& x, const DecoderSpec& spec, const TensorView& logits,
-                   const std::function<void()>& poll) {
-  // A packed head has no parts, so that it takes fewer rows at once.
+                   const std::function<void()>& poll, std::int64_t piece_products) {
   const bool packed = is_packed(spec.head);
-  const std::int64_t rows = packed ? std::max(kPackedRows, kPieceProducts / (spec.vocab_size * spec.hidden_size))
+  const std::int64_t rows = packed ? std::max(kPackedRows, piece_products / (spec.vocab_size * spec.hidden_size))
                                    : std::max<std::int64_t>(1, x.shape[0]);
-  const std::int64_t pieces = kPieceProducts / (rows * spec.hidden_size * kScoredEntries);
+  const std::int64_t pieces = piece_products / (rows * spec.hidden_size * kScoredEntries);
   const std::int64_t entries = packed ? spec.vocab_size : std::max<std::int64_t>(1, pieces) * kScoredEntries;
   for (std::int64_t row = 0; row < x.shape[0]; row += rows)
     for (std::int64_t entry = 0; entry < spec.vocab_size; entry += entries) {

@@ -35,7 +35,8 @@ void check(const SamplingOptions& options) {
   if (options.top_k < 0) fail_input("sample: top_k {} is not accepted; it must be 0 (off) or more.", options.top_k);
   check("top_p", options.top_p, options.top_p > 0.0 && options.top_p <= 1.0, "above 0 and at most 1");
   check("min_p", options.min_p, options.min_p >= 0.0 && options.min_p <= 1.0, "from 0 to 1");
-  check("repetition_penalty", options.repetition_penalty, options.repetition_penalty > 0.0, "above 0");
+  check("repetition_penalty", options.repetition_penalty,
+        options.repetition_penalty >= 1e-30 && options.repetition_penalty <= 1e30, "from 1e-30 to 1e30");
 }
 
 void check(const TensorView& logits, std::span<const std::shared_ptr<TokenSource>> sources) {

@@ -12,10 +12,7 @@ std::int64_t Sequences::add() {
   return next_++;
 }
 
-void Sequences::remove(std::int64_t id) {
-  at(id);
-  sequences_.erase(id);
-}
+void Sequences::remove(std::int64_t id) { sequences_.erase(id); }
 
 Sequence& Sequences::at(std::int64_t id) {
   const auto found = sequences_.find(id);

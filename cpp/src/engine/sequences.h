@@ -19,7 +19,7 @@ class Sequences {
   Sequences(std::int64_t page_bytes, std::size_t layers) : pool_(page_bytes, layers), layers_(layers) {}
 
   std::int64_t add();
-  void remove(std::int64_t id);
+  void remove(std::int64_t id);   // nothing happens where there is none
   Sequence& at(std::int64_t id);  // InputError where there is none
   const PagePool& pool() const { return pool_; }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,6 +83,7 @@ def bench(model: str | Path, options: BenchOptions, progress: bool = True) -> di
     before = _core.num_threads()
     try:
         folder = open_folder(model)
+        options.routing.check_folder(folder.path)
         _core.set_num_threads(max(options.threads))
         loaded = LoadedModel(folder, options.weights, options.load, options.cache, progress)
         subject = Subject(loaded, options.routing)
@@ -99,6 +100,9 @@ def bench(model: str | Path, options: BenchOptions, progress: bool = True) -> di
     return {
         "model": str(folder.path),
         "machine": machine(),
+        "routing": asdict(options.routing),
+        "kv_dtype": loaded.kv_dtype,
+        "kv_rule": options.load.kv_rule or loaded.routing.kv_rule,
         "weights": {"token_bytes": work_of.token_bytes, "head_bytes": work_of.head_bytes},
         "limits": limits,
         "results": [row for part in parts for row in part],

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = int(args.group_size) if args.group_size.isdecimal() else args.group_size
+    overrides = overrides_of(args)
     options = BenchOptions(
         counts(args.threads or f"1,{cores}", "--threads"),
         counts(args.batch, "--batch"),
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         WeightOptions(None if args.bits is None else QuantSpec(args.bits, size), args.lm_head_bits),
         LoadOptions(compute=args.compute, kv_dtype=args.kv_dtype or "auto", kv_rule=args.kv_rule),
         args.cache,
-        overrides_of(args),
+        overrides,
     )
     result = bench(model_folder(args.model), options, sys.stderr.isatty())
     print(json.dumps(result, indent=1) if args.json else _text(result))

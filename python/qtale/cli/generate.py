@@ -68,9 +68,10 @@ def load_engine(args: argparse.Namespace) -> Engine:
     import qtale
     from qtale.integrations.scoring_model import model_folder
 
-    overrides = overrides_of(args)
+    overrides, folder = overrides_of(args), model_folder(args.model)
+    overrides.check_folder(folder)
     engine = qtale.load(
-        model_folder(args.model),
+        folder,
         compute=args.compute,
         bits=args.bits,
         group_size=args.group_size,

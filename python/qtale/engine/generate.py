@@ -127,8 +127,6 @@ class Batch:
         self._own: set[int] = set()
         self._logits: Floats | None = None
         self.report = CallReport()
-        for track in tracks:
-            self._sources[track.index].see(track.prompt)
 
     def run(self) -> Iterator[Piece]:
         """Pieces of all sequences as they come."""
@@ -142,7 +140,12 @@ class Batch:
     def close(self) -> None:
         """Remove the sequences that are left."""
         while self._own:
-            self._passes.remove(self._own.pop())
+            self._remove(next(iter(self._own)))
+
+    def _remove(self, sequence: int) -> None:
+        # In this order, so that what Ctrl-C falls between is removed again.
+        self._passes.remove(sequence)
+        self._own.discard(sequence)
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < MAX_BATCH:
@@ -150,7 +153,13 @@ class Batch:
             if track.sequence < 0:
                 track.sequence = self._passes.add()
                 self._own.add(track.sequence)
+            self._see(track, track.prompt)
             self._running.append(track)
+
+    def _see(self, track: Track, tokens: Sequence[int]) -> None:
+        """Note tokens where a penalty asks which there were."""
+        if self._options.repetition_penalty != 1.0:
+            self._sources[track.index].see(tokens)
 
     def _step(self) -> Iterator[Piece]:
         """One pass: the next tokens of prompts if some are unread, else one token of every sequence."""
@@ -162,17 +171,18 @@ class Batch:
         for track in [track for track in self._running if track.finish_reason]:
             self._running.remove(track)
             if track.sequence in self._own:
-                self._own.remove(track.sequence)
-                self._passes.remove(track.sequence)
+                self._remove(track.sequence)
 
     def _taken(self, tracks: Sequence[Track], logits: Floats) -> list[Piece]:
         if not tracks:
             return []
         sources = [self._sources[track.index] for track in tracks]
-        chosen = choose(logits, sources, self._options, self._num_threads)
+        # The threads of the core are one pool: a pass of another call that ran meanwhile would have but one of them.
+        with self._passes.lock:
+            chosen = choose(logits, sources, self._options, self._num_threads)
         pieces = []
-        for track, source, token in zip(tracks, sources, chosen, strict=True):
-            source.see([token])
+        for track, token in zip(tracks, chosen, strict=True):
+            self._see(track, [token])
             pieces.append(track.take(token))
         return pieces
 

@@ -41,16 +41,16 @@ class CallReport:
     ``kv_bytes`` is the most that keys and values of the call took by layer, seen at the ends of passes. With
     :attr:`Engine.record_decisions`, ``decisions`` [layers, tokens] tells whether each token executed each layer, and
     ``places`` [tokens, 2] which token a column is: the number of its sequence, in the order in which the call began
-    them, and its position.
+    them, and its position. A sequence is a prompt, and in scoring a stretch of tokens that some pairs share.
     """
 
     tokens: int = 0
     passes: int = 0
     executed: list[int] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
-    _decisions: list[Bools] = field(default_factory=list, repr=False)
-    _places: list[npt.NDArray[np.int64]] = field(default_factory=list, repr=False)
-    _numbers: dict[int, int] = field(default_factory=dict, repr=False)
+    _decisions: list[Bools] = field(default_factory=list, repr=False, compare=False)
+    _places: list[npt.NDArray[np.int64]] = field(default_factory=list, repr=False, compare=False)
+    _numbers: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def decisions(self) -> Bools | None:
@@ -153,11 +153,11 @@ class Passes:
             return sequence
 
     def remove(self, sequence: int) -> None:
-        """Forget a sequence; nothing happens where it ended with its decoder."""
+        """Forget a sequence; nothing happens where it ended before."""
         with self.lock:
-            self._calls.pop(sequence, None)
             if self._decoder is not None and sequence >= self._first:
                 self._decoder.remove_sequence(sequence - self._first)
+            self._calls.pop(sequence, None)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget a sequence's tokens from ``length`` on."""

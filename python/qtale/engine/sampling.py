@@ -39,7 +39,7 @@ class Sampling:
         self._check("top_k", lambda value: value >= 0, "a whole number, 0 for off", whole=True)
         self._check("top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._check("min_p", lambda value: 0 <= value <= 1, "from 0 to 1")
-        self._check("repetition_penalty", lambda value: value > 0, "above 0")
+        self._check("repetition_penalty", lambda value: 1e-30 <= value <= 1e30, "from 1e-30 to 1e30")
 
     def _check(self, name: str, fits: Callable[[float], bool], accepted: str, whole: bool = False) -> None:
         value = getattr(self, name)

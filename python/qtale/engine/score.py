@@ -71,7 +71,8 @@ def _tree(requests: Sequence[Request], stands_alone: Callable[[int], bool]) -> l
     for index in sorted(range(len(requests)), key=sequences.__getitem__):
         sequence = sequences[index]
         if stands_alone(len(sequence)):
-            alone.append(_Edge(None, 0, sequence, text_length=len(sequence)))
+            if not alone or alone[-1].tokens != sequence:
+                alone.append(_Edge(None, 0, sequence, text_length=len(sequence)))
             _mark(alone[-1:], index, requests[index])
             continue
         shared = _common_prefix(last, sequence)
@@ -182,8 +183,9 @@ def _forget(passes: Passes, members: Sequence[tuple[_Edge, int, int]], open_sequ
 
 def _close(passes: Passes, edge: _Edge, open_sequences: set[int]) -> None:
     if not edge.left and edge.sequence in open_sequences:
-        open_sequences.remove(edge.sequence)
+        # In this order, so that what Ctrl-C falls between is removed again.
         passes.remove(edge.sequence)
+        open_sequences.discard(edge.sequence)
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

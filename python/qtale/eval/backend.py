@@ -25,7 +25,7 @@ def engine_lm(options: EvalOptions, folder: Path, spec: QuantSpec | None) -> Eng
     the engine.
     """
     if options.backend == "torch":
-        _refuse_engine_options(options)
+        refuse_engine_options(options)
         return None
     reason = _reason_for_torch(options)
     if reason is None:
@@ -36,11 +36,12 @@ def engine_lm(options: EvalOptions, folder: Path, spec: QuantSpec | None) -> Eng
     if options.backend == "engine":
         raise UnsupportedError(f"--backend engine: {reason}")
     logger.info("eval: PyTorch scores this model; %s", reason)
-    _refuse_engine_options(options)
+    refuse_engine_options(options)
     return None
 
 
-def _refuse_engine_options(options: EvalOptions) -> None:
+def refuse_engine_options(options: EvalOptions) -> None:
+    """InputError where an option of the engine is given."""
     given = (options.kv_dtype, *asdict(options.routing).values(), options.lm_head_bits, options.threads)
     if any(value is not None for value in given):
         raise InputError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtale.errors import Error, InputError
-from qtale.eval.backend import engine_lm
+from qtale.eval.backend import engine_lm, refuse_engine_options
 from qtale.eval.catalog import WIKITEXT
 from qtale.eval.facts import size_facts, speed_facts
 from qtale.eval.options import EvalOptions
@@ -97,6 +97,10 @@ class _Run:
                 "dense model."
             )
         self.dense_folder = self._dense_folder(is_quantized(self.folder))
+        # Before a baseline is scored, which none of these concern.
+        if options.backend == "torch":
+            refuse_engine_options(options)
+        options.routing.check_folder(self.folder)
 
     def outcome(self) -> EvalOutcome:
         from lm_eval.loggers import EvaluationTracker
@@ -204,7 +208,8 @@ class _Run:
             # The folder that was made of the model for this is named by how it was made.
             name, quantization = self.options.model, {**asdict(self.options.spec), "method": self.options.method}
         compute = self._compute(folder, spec)
-        chosen = {} if compute is None else {"compute": compute}
+        chosen = {"compute": compute, "kv_dtype": self.options.kv_dtype}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
         routing = {name: value for name, value in asdict(self._routing(folder, spec)).items() if value is not None}
         return {"pretrained": name, **quantization, **chosen, **routing, "dtype": self.options.dtype}
 
@@ -230,6 +235,7 @@ class _Run:
             "quantized_in_memory": None if spec is None else asdict(spec),
             "compute": self._compute(folder, spec),
             "routing": asdict(self._routing(folder, spec)),
+            "kv_dtype": self.options.kv_dtype,
             "data": self.source.name,
         }
 

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qtale.errors import InputError
+from qtale.errors import InputError, UnsupportedError
+from qtale.routing.files import read_routing
+from qtale.routing.routing import KV_RULES
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qtale.engine import Engine
 
 # More than any model has; a mistyped range is refused before it is counted out.
@@ -21,7 +25,7 @@ MOST_LAYERS = 1 << 16
 class RoutingOverrides:
     """The threshold ``theta`` of routers, or the ``layers`` that run alone, and the ``kv_rule``; None: as stored.
 
-    Raises InputError for a theta that is no probability, and for theta and layers together.
+    Raises InputError for a theta that is no probability, for theta and layers together, and for other rules.
     """
 
     theta: float | None = None
@@ -29,6 +33,8 @@ class RoutingOverrides:
     kv_rule: str | None = None
 
     def __post_init__(self) -> None:
+        if self.kv_rule is not None and self.kv_rule not in KV_RULES:
+            raise InputError(f"--kv-rule {self.kv_rule!r} is not known; use {' or '.join(KV_RULES)}.")
         if self.theta is None:
             return
         checked_theta(self.theta)
@@ -43,6 +49,22 @@ class RoutingOverrides:
             raise InputError(f"--theta {self.theta:g}: {where} has no routers for it; leave it out.")
         if self.kv_rule is not None and self.layers is None:
             raise InputError(f"--kv-rule {self.kv_rule}: no token of {where} skips a layer; leave it out.")
+
+    def check_folder(self, path: Path) -> None:
+        """The same before weights are read, and for no layers; nothing is said where another part refuses the model."""
+        from qtale.checkpoint.folder import open_folder
+        from qtale.engine.spec import read_spec
+
+        if self == RoutingOverrides():
+            return
+        folder = open_folder(path)
+        try:
+            spec = read_spec(folder.config, str(folder.path))
+        except UnsupportedError:
+            return
+        routing = read_routing(folder.path, spec.num_layers, spec.hidden_size)
+        self.check(routing.routers if routing else (), str(folder.path))
+        depth_mask(self.layers, spec.num_layers)
 
     def apply(self, engine: Engine) -> None:
         """Run an engine that was loaded with ``kv_rule`` by the others; raises as :meth:`check`, and for no layers."""
@@ -59,7 +81,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = (each.strip() for each in part.partition("-"))
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MOST_LAYERS):
+        # Python counts out no numbers of thousands of digits.
+        digits = first.isdecimal() and last.isdecimal() and max(len(first), len(last)) < 10
+        if not (digits and int(first) <= int(last) < MOST_LAYERS):
             raise InputError(
                 f"--depth {text!r}: {part.strip()!r} is no layer and no range of layers; use numbers and ranges with "
                 "commas between, such as 0-11,14,29."
