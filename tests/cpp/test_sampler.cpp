@@ -222,7 +222,8 @@ TEST_CASE("sampler: wrong arguments are named") {
   CHECK(error({1.0, -1, 1.0, 0.0, 1.0}) == "sample: top_k -1 is not accepted; it must be 0 (off) or more.");
   CHECK(error({1.0, 0, 0.0, 0.0, 1.0}) == "sample: top_p 0 is not accepted; it must be above 0 and at most 1.");
   CHECK(error({1.0, 0, 1.0, 1.5, 1.0}) == "sample: min_p 1.5 is not accepted; it must be from 0 to 1.");
-  CHECK(error({1.0, 0, 1.0, 0.0, 0.0}) == "sample: repetition_penalty 0 is not accepted; it must be from 1e-30 to 1e30.");
+  CHECK(error({1.0, 0, 1.0, 0.0, 0.0}) ==
+        "sample: repetition_penalty 0 is not accepted; it must be from 1e-30 to 1e30.");
   const auto shape_error = [&](const TensorView& t) { return input_error_of([&] { sample(t, sources_of(2), {}); }); };
   CHECK(shape_error(TensorView::matrix(row.data(), DType::f16, 2, 3)) ==
         "sample: logits is float16; expected float32.");
