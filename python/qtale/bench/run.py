@@ -22,6 +22,7 @@ from qtale.bench.subject import CONTEXT, Decoding, Subject
 from qtale.checkpoint.folder import open_folder
 from qtale.engine.layout import WeightOptions
 from qtale.engine.model import LoadedModel, LoadOptions
+from qtale.engine.overrides import check_overrides
 from qtale.errors import InputError
 from qtale.routing import RoutingOverrides
 
@@ -83,7 +84,7 @@ def bench(model: str | Path, options: BenchOptions, progress: bool = True) -> di
     before = _core.num_threads()
     try:
         folder = open_folder(model)
-        options.routing.check_folder(folder.path)
+        check_overrides(options.routing, folder.path)
         _core.set_num_threads(max(options.threads))
         loaded = LoadedModel(folder, options.weights, options.load, options.cache, progress)
         subject = Subject(loaded, options.routing)

@@ -66,10 +66,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def load_engine(args: argparse.Namespace) -> Engine:
     """The engine that the options ask for."""
     import qtale
+    from qtale.engine.overrides import apply_overrides, check_overrides
     from qtale.integrations.scoring_model import model_folder
 
     overrides, folder = overrides_of(args), model_folder(args.model)
-    overrides.check_folder(folder)
+    check_overrides(overrides, folder)
     engine = qtale.load(
         folder,
         compute=args.compute,
@@ -83,7 +84,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
         cache=args.cache,
         progress=sys.stderr.isatty(),
     )
-    overrides.apply(engine)
+    apply_overrides(overrides, engine)
     return engine
 
 

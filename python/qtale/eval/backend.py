@@ -63,6 +63,7 @@ def _reason_for_torch(options: EvalOptions) -> str | None:
 
 def _loaded(options: EvalOptions, folder: Path, spec: QuantSpec | None) -> EngineLM:
     import qtale
+    from qtale.engine.overrides import apply_overrides
     from qtale.integrations.engine_lm import EngineLM
     from qtale.integrations.scoring_model import load_tokenizer
 
@@ -77,5 +78,5 @@ def _loaded(options: EvalOptions, folder: Path, spec: QuantSpec | None) -> Engin
         kv_dtype=options.kv_dtype or "float32",
         kv_rule=options.routing.kv_rule,
     )
-    options.routing.apply(engine)
+    apply_overrides(options.routing, engine)
     return EngineLM(engine, load_tokenizer(folder), max_length=options.max_length)

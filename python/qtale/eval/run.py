@@ -87,6 +87,7 @@ class _Run:
     """One evaluation: the model as asked for, and a dense one beside it where a baseline is."""
 
     def __init__(self, options: EvalOptions, source: Source, manager: Any, names: list[str]) -> None:
+        from qtale.engine.overrides import check_overrides
         from qtale.integrations.scoring_model import is_quantized, model_folder
 
         self.options, self.source, self.manager, self.names = options, source, manager, names
@@ -100,7 +101,7 @@ class _Run:
         # Before a baseline is scored, which none of these concern.
         if options.backend == "torch":
             refuse_engine_options(options)
-        options.routing.check_folder(self.folder)
+        check_overrides(options.routing, self.folder)
 
     def outcome(self) -> EvalOutcome:
         from lm_eval.loggers import EvaluationTracker

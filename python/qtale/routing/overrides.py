@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from qtale.errors import InputError, UnsupportedError
-from qtale.routing.files import read_routing
+from qtale.errors import InputError
 from qtale.routing.routing import KV_RULES
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from qtale.engine import Engine
 
 # More than any model has; a mistyped range is refused before it is counted out.
 MOST_LAYERS = 1 << 16
@@ -49,30 +43,6 @@ class RoutingOverrides:
             raise InputError(f"--theta {self.theta:g}: {where} has no routers for it; leave it out.")
         if self.kv_rule is not None and self.layers is None:
             raise InputError(f"--kv-rule {self.kv_rule}: no token of {where} skips a layer; leave it out.")
-
-    def check_folder(self, path: Path) -> None:
-        """The same before weights are read, and for no layers; nothing is said where another part refuses the model."""
-        from qtale.checkpoint.folder import open_folder
-        from qtale.engine.spec import read_spec
-
-        if self == RoutingOverrides():
-            return
-        folder = open_folder(path)
-        try:
-            spec = read_spec(folder.config, str(folder.path))
-        except UnsupportedError:
-            return
-        routing = read_routing(folder.path, spec.num_layers, spec.hidden_size)
-        self.check(routing.routers if routing else (), str(folder.path))
-        depth_mask(self.layers, spec.num_layers)
-
-    def apply(self, engine: Engine) -> None:
-        """Run an engine that was loaded with ``kv_rule`` by the others; raises as :meth:`check`, and for no layers."""
-        self.check(engine.routed_layers, str(engine.path))
-        if self.theta is not None:
-            engine.theta = self.theta
-        if self.layers is not None:
-            engine.set_depth(self.layers)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
