@@ -7,13 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import pytest
-import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
@@ -25,13 +23,7 @@ from qtale.eval.sources import Source
 from qtale.eval.tasks import opened_tasks
 from qtale.spec import QuantSpec
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

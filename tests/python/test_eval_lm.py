@@ -23,14 +23,7 @@ from qtale.integrations.transformers import quantize_model_
 from qtale.nn import QLinear
 from qtale.spec import QuantSpec
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 PAIRS = [
