@@ -32,38 +32,60 @@ QTALE_INLINE void flush(const Tile& t, const Layout& l, const Acts& acts, Place&
   next_flush(at, acts.places(), last);
 }
 
-// Blocks that are an activation group each: nothing is left to decide from flush to flush, which takes a quarter of the
-// time where a block has two. Those two share their scales, so that they are added as integers.
-template <class C, int T, int S, bool Keep, bool Zeros, bool Joint>
-QTALE_INLINE void whole_blocks(const Tile& t, const Layout& l, const Acts& acts, Place& at, std::int64_t count) {
-  constexpr std::int64_t kSteps = kActGroup / (Joint ? 2 : 1) / C::kInputs;
-  const std::int64_t places = C::kKept || Keep ? kTile : acts.rows, params_step = l.per_channel ? 0 : l.block_offset(1);
+// The flushes of an activation group: one, two that share their scales and are added as integers, or two with scales of
+// their own.
+enum class GroupOf { flush, halves, blocks };
+
+// Moves on behind a block.
+template <bool Keeps>
+QTALE_INLINE void next_block(Place& at, std::int64_t params_step, std::int64_t codes_step) {
+  at.params += params_step;
+  if constexpr (Keeps) at.kept_scales += kRows;
+  at.codes += codes_step;
+}
+
+// Whole activation groups: nothing is left to decide from flush to flush, which takes a quarter of the time where a
+// group has two.
+template <class C, int T, int S, bool Keep, bool Zeros, GroupOf Form>
+QTALE_INLINE void whole_groups(const Tile& t, const Layout& l, const Acts& acts, Place& at, std::int64_t count) {
+  constexpr bool kKeeps = C::kKept || Keep;
+  constexpr std::int64_t kSteps = kActGroup / (Form == GroupOf::flush ? 1 : 2) / C::kInputs;
+  const std::int64_t places = kKeeps ? kTile : acts.rows, params_step = l.per_channel ? 0 : l.block_offset(1);
   const std::int64_t codes_step = C::kKept || l.per_channel ? 0 : l.param_bytes;
   for (; count > 0; --count) {
     keep_scales<C, S>(t, l, at);
-    if constexpr (Joint) {
+    if constexpr (Form != GroupOf::flush) {
       __m256i acc[S][T][2];
       start_lanes(t, at, acc);
       multiply_steps<C, T, S, Keep>(t, at, kSteps, acc);
-      begin_joint<C>(t, acc);
+      if constexpr (Form == GroupOf::halves)
+        begin_joint<C>(t, acc);
+      else
+        add_flush<C, T, S, Stage::begin, Zeros>(t, l, places, at, acc);
       next_flush(at, places, false);
     }
+    if constexpr (Form == GroupOf::blocks) {
+      next_block<kKeeps>(at, params_step, codes_step);
+      keep_scales<C, S>(t, l, at);
+    }
+    constexpr Stage kLast = Form == GroupOf::flush    ? Stage::whole
+                            : Form == GroupOf::halves ? Stage::end_joint
+                                                      : Stage::end;
     __m256i acc[S][T][2];
     start_lanes(t, at, acc);
     multiply_steps<C, T, S, Keep>(t, at, kSteps, acc);
-    add_flush<C, T, S, Joint ? Stage::end_joint : Stage::whole, Zeros>(t, l, places, at, acc);
+    add_flush<C, T, S, kLast, Zeros>(t, l, places, at, acc);
     next_flush(at, places, true);
-    at.params += params_step;
-    if constexpr (C::kKept || Keep) at.kept_scales += kRows;
-    at.codes += codes_step;
+    next_block<kKeeps>(at, params_step, codes_step);
   }
 }
 
 template <class C, int T, int S, bool Keep, bool Zeros>
-QTALE_INLINE void whole_blocks(const Tile& t, const Layout& l, const Acts& acts, Place& at, std::int64_t count) {
+QTALE_INLINE void whole_groups(const Tile& t, const Layout& l, const Acts& acts, Place& at, std::int64_t count) {
+  if (l.block_k < kActGroup) return whole_groups<C, T, S, Keep, Zeros, GroupOf::blocks>(t, l, acts, at, count);
   if constexpr (C::kHalves)
-    if (acts.flush < kActGroup) return whole_blocks<C, T, S, Keep, Zeros, true>(t, l, acts, at, count);
-  whole_blocks<C, T, S, Keep, Zeros, false>(t, l, acts, at, count);
+    if (acts.flush < kActGroup) return whole_groups<C, T, S, Keep, Zeros, GroupOf::halves>(t, l, acts, at, count);
+  whole_groups<C, T, S, Keep, Zeros, GroupOf::flush>(t, l, acts, at, count);
 }
 
 template <bool Kept>
@@ -92,12 +114,13 @@ __attribute__((noipa)) void tile_int8(const Tile& tile) {
   const Acts acts = *t.acts;
   Place at = first_place<C::kKept>(t, l, acts);
   const std::int64_t params_step = l.per_channel ? 0 : l.block_offset(1);
-  const std::int64_t whole = l.block_k == kActGroup ? min64(t.end, l.k_padded / kActGroup) - t.begin : 0;
+  const std::int64_t begin = t.begin * l.block_k, end = min64(t.end * l.block_k, l.k_padded);
+  const std::int64_t whole = 2 * l.block_k >= kActGroup ? (end - begin) / kActGroup : 0;
   if (l.symmetric)
-    whole_blocks<C, T, S, Keep, false>(t, l, acts, at, whole);
+    whole_groups<C, T, S, Keep, false>(t, l, acts, at, whole);
   else
-    whole_blocks<C, T, S, Keep, true>(t, l, acts, at, whole);
-  for (std::int64_t b = t.begin + whole; b < t.end; ++b) {
+    whole_groups<C, T, S, Keep, true>(t, l, acts, at, whole);
+  for (std::int64_t b = t.begin + whole * kActGroup / l.block_k; b < t.end; ++b) {
     keep_scales<C, S>(t, l, at);
     std::int64_t left = l.block_size(b);
     for (std::int64_t count; left > 0; left -= count) {
