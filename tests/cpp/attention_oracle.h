@@ -11,6 +11,8 @@
 
 namespace qtale::test {
 
+inline constexpr Compute kComputes[] = {Compute::floating, Compute::int16, Compute::int8};
+
 // Numbers times the Hadamard matrix of Sylvester, over sqrt(count).
 std::vector<double> rotated(std::span<const float> x);
 

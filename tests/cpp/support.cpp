@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "catch.h"
 #include "core/half.h"
 #include "qtale/error.h"
 
@@ -125,6 +126,13 @@ TensorView view(std::vector<std::int8_t>& codes, std::int64_t rows, std::int64_t
 
 TensorView view(std::vector<std::uint8_t>& bytes) {
   return TensorView::vector(bytes.data(), DType::u8, static_cast<std::int64_t>(bytes.size()));
+}
+
+bool has_amx() {
+  const auto isas = cpu_isas();
+  if (std::find(isas.begin(), isas.end(), "avx512_amx") != isas.end()) return true;
+  WARN("skipped: this CPU or its system has no AMX");
+  return false;
 }
 
 std::string input_error_of(const std::function<void()>& fn) {

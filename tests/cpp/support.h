@@ -113,6 +113,9 @@ std::vector<std::uint8_t> prepacked(const Weight& weight);
 TensorView view(std::vector<std::int8_t>& codes, std::int64_t rows, std::int64_t cols);
 TensorView view(std::vector<std::uint8_t>& bytes);
 
+// Whether this CPU has the tier; warns that a test is skipped where it has not.
+bool has_amx();
+
 // Switches the instruction set for one scope.
 class IsaScope {
  public:

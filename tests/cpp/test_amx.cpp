@@ -28,13 +28,6 @@ const cpu::KernelTable* table_of(const std::string& name) {
   return nullptr;
 }
 
-// Whether this CPU has the tier; says so where it has not.
-bool has_amx() {
-  if (table_of("avx512_amx") != nullptr) return true;
-  WARN("skipped: this CPU or its system has no AMX");
-  return false;
-}
-
 constexpr Compute kRounded[] = {Compute::int8, Compute::int16};  // what tiles are for
 
 void check_equal(const Weight& weight, const Activations& x, std::int64_t rows, const std::vector<float>& bias,

@@ -15,13 +15,6 @@ namespace {
 // Within one tile of rows, within one panel, and in several.
 constexpr std::int64_t kRows[] = {0, 1, 2, 15, 16, 17, 31, 32, 33, 64, 70, 300};
 
-bool has_amx() {
-  for (const std::string& isa : cpu_isas())
-    if (isa == "avx512_amx") return true;
-  WARN("skipped: this CPU or its system has no AMX");
-  return false;
-}
-
 std::uint16_t bits_of(float value) {
   Floats one(DType::bf16, 1);
   one.set(0, value);
